@@ -1,0 +1,1 @@
+"""Align molecular diffusion models to physics."""
