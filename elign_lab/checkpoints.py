@@ -1,0 +1,232 @@
+"""Model files: safetensors in and out, passports, and the import of public EDM checkpoints.
+
+Nothing that is loaded is executed: safetensors, torch.load(weights_only=True), and for EDM's args.pickle an unpickler
+that accepts argparse.Namespace and plain values only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elign_lab.denoiser import Denoiser, DenoiserConfig
+
+ASSETS = Path(__file__).parent / "assets"
+FORMAT = "elign_lab.denoiser/1"
+EDM_WEIGHTS = ("generative_model_ema.npy", "generative_model.npy")
+EDM_ELEMENTS = {
+    "qm9": (1, 6, 7, 8, 9),
+    "geom": (1, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 33, 35, 53, 80, 83),
+}
+
+# public EDM name -> ours, applied in this order
+_RENAMES = (
+    (r"^dynamics\.e?gnn\.", "network."),
+    (r"e_block_(\d+)\.gcl_equiv\.coord_mlp\.4\.", r"blocks.\1.coordinates.out."),
+    (r"e_block_(\d+)\.gcl_equiv\.coord_mlp\.0\.", r"blocks.\1.coordinates.edge.first."),
+    (r"e_block_(\d+)\.gcl_equiv\.coord_mlp\.2\.", r"blocks.\1.coordinates.edge.second."),
+    (r"e_block_(\d+)\.gcl_(\d+)\.", r"blocks.\1.messages.\2."),
+    (r"network\.gcl_(\d+)\.", r"network.messages.\1."),
+    (r"\.edge_mlp\.0\.", ".edge.first."),
+    (r"\.edge_mlp\.2\.", ".edge.second."),
+    (r"\.node_mlp\.", ".node."),
+    (r"\.att_mlp\.0\.", ".attention."),
+)
+
+
+# ---------------------------------------------------------------------- our own files
+def save_model(model: Denoiser, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write weights and configuration to one safetensors file, atomically; `dtype` (torch.float16) halves its size."""
+    path = Path(path)
+    state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+    metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # replace is atomic, so that a kill leaves the old file or the new one
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(state, temporary, metadata=metadata)
+    temporary.replace(path)
+    return path
+
+
+def load_model(name: str | Path, *, device: torch.device | str = "cpu") -> Denoiser:
+    """Load a denoiser: the name of a bundled model, a .safetensors file, or a folder in the public EDM format.
+
+    A bundled model's file is checked against the sha256 in its passport. Weights come back as float32, in eval mode.
+    Raises FileNotFoundError for an unknown name, ValueError for a damaged or foreign file.
+    """
+    path = Path(name)
+    if path.is_dir():
+        model = _load_public_edm(path)
+    elif path.is_file():
+        model = _load_own(path)
+    else:
+        path = ASSETS / f"{name}.safetensors"
+        if not path.is_file():
+            known = ", ".join(passport["name"] for passport in bundled_models()) or "none"
+            raise FileNotFoundError(f"no model {str(name)!r}: neither a path nor a bundled model (bundled: {known})")
+        verify_asset(path)
+        model = _load_own(path)
+    return model.to(device).eval()
+
+
+def _load_own(path: Path) -> Denoiser:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a denoiser of this package: format {metadata.get('format')!r}, not {FORMAT!r}")
+    config = json.loads(metadata["config"])
+    config["elements"], config["scale"] = tuple(config["elements"]), tuple(config["scale"])
+    config["size_histogram"] = tuple((int(n), int(c)) for n, c in config["size_histogram"])
+    model = Denoiser(DenoiserConfig(**config))
+    model.load_state_dict(state)
+    return model
+
+
+# ---------------------------------------------------------------------- passports
+def sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_passport(path: str | Path) -> dict[str, Any]:
+    """The JSON beside an asset: what it is, what made it, its figures, its sha256."""
+    passport = Path(path).with_suffix(".json")
+    if not passport.is_file():
+        raise FileNotFoundError(f"{path} has no passport {passport.name}: an asset without one is not loaded")
+    return json.loads(passport.read_text())
+
+
+def write_passport(path: str | Path, **fields: Any) -> Path:
+    """Write the passport of an asset; sha256 and size are computed here."""
+    path = Path(path)
+    passport = path.with_suffix(".json")
+    content = {"name": path.stem, "file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size, **fields}
+    passport.write_text(json.dumps(content, indent=2) + "\n")
+    return passport
+
+
+def verify_asset(path: str | Path) -> dict[str, Any]:
+    """Check a file against its passport's sha256; returns the passport, raises ValueError on a mismatch."""
+    passport = read_passport(path)
+    found = sha256(path)
+    if found != passport["sha256"]:
+        raise ValueError(
+            f"{path} does not match its passport: sha256 {found[:12]}... instead of {passport['sha256'][:12]}...; "
+            "restore the file, for example with git checkout"
+        )
+    return passport
+
+
+def bundled_models() -> list[dict[str, Any]]:
+    """Passports of the bundled models, by name."""
+    return [read_passport(path) for path in sorted(ASSETS.glob("*.safetensors"))]
+
+
+# ---------------------------------------------------------------------- public EDM checkpoints
+class _NamespaceUnpickler(pickle.Unpickler):
+    """Accepts argparse.Namespace and built-in values; anything else could run code and is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("argparse", "Namespace"):
+            return argparse.Namespace
+        raise pickle.UnpicklingError(
+            f"refused to load {module}.{name}: only argparse.Namespace and plain values are read"
+        )
+
+
+def read_edm_args(path: str | Path) -> dict[str, Any]:
+    """Settings of a public EDM checkpoint from its args.pickle, without executing anything in it."""
+    try:
+        with Path(path).open("rb") as file:
+            value = _NamespaceUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not an EDM args.pickle: {error}") from error
+    if not isinstance(value, argparse.Namespace):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected argparse.Namespace")
+    return vars(value)
+
+
+def edm_config(args: Mapping[str, Any]) -> DenoiserConfig:
+    """Our configuration for the settings of a public EDM run."""
+    from elign_lab.datasets import qm9_size_histogram
+
+    dataset = str(args["dataset"])
+    family = "geom" if dataset.startswith("geom") else "qm9" if dataset.startswith("qm9") else None
+    if family is None or args.get("remove_h"):
+        raise ValueError(
+            f"EDM data set {dataset!r} (remove_h={args.get('remove_h')}) is not supported: qm9 or geom with H"
+        )
+    if args.get("probabilistic_model", "diffusion") != "diffusion":
+        raise ValueError(f"probabilistic_model is {args['probabilistic_model']!r}, only 'diffusion' is supported")
+    if args["diffusion_noise_schedule"] == "learned":
+        raise ValueError("the learned noise schedule of EDM is not supported: use a checkpoint with polynomial_2")
+    return DenoiserConfig(
+        elements=EDM_ELEMENTS[family],
+        include_charges=bool(args["include_charges"]),
+        features=args["nf"],
+        layers=args["n_layers"],
+        sublayers=args["inv_sublayers"],
+        attention=args["attention"],
+        tanh=args["tanh"],
+        norm_constant=args["norm_constant"],
+        sin_embedding=args["sin_embedding"],
+        # both are absent in the released files, whose evaluation scripts fill in these values
+        normalization_factor=args.get("normalization_factor", 1),
+        aggregation=args.get("aggregation_method", "sum"),
+        network=args["model"].removesuffix("_dynamics"),
+        condition_time=args["condition_time"],
+        context=args.get("context_node_nf", 0),
+        timesteps=args["diffusion_steps"],
+        schedule=args["diffusion_noise_schedule"],
+        precision=args["diffusion_noise_precision"],
+        scale=tuple(args["normalize_factors"]),
+        size_histogram=tuple(sorted(qm9_size_histogram().items())) if family == "qm9" else (),
+    )
+
+
+def from_edm_state(state: Mapping[str, Tensor], config: DenoiserConfig) -> Denoiser:
+    """Denoiser from a state dict with the public EDM names ('dynamics.egnn...', 'gamma.gamma')."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("dynamics."):
+            for pattern, replacement in _RENAMES:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = value.float()
+    model = Denoiser(config, gamma=state.get("gamma.gamma"))
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit its settings: {error}") from error
+    return model
+
+
+def _load_public_edm(folder: Path) -> Denoiser:
+    weights = next((folder / name for name in EDM_WEIGHTS if (folder / name).is_file()), None)
+    args = folder / "args.pickle"
+    if weights is None or not args.is_file():
+        raise FileNotFoundError(f"{folder} is not in the public EDM format: expected {EDM_WEIGHTS[0]} and args.pickle")
+    config = edm_config(read_edm_args(args))
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{weights} is not a readable PyTorch state dict: {error}") from error
+    # files saved from DataParallel carry this prefix
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return from_edm_state(state, config)

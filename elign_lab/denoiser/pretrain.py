@@ -1,0 +1,215 @@
+"""Pretraining of the denoiser by denoising score matching (EDM's l2 loss): resumable, in one process or several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from elign_lab.checkpoints import save_model
+from elign_lab.datasets import BatchSampler, MoleculeDataset, load_dataset
+from elign_lab.denoiser.diffusion import Denoiser, DenoiserConfig
+from elign_lab.denoiser.layout import Layout
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.training import (
+    ExponentialMovingAverage,
+    JsonLines,
+    average_gradients,
+    load_state,
+    save_state,
+    step_generator,
+    warmup_hold_decay,
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a pretraining run. EDM's own: batch 64, learning rate 1e-4, EMA 0.9999, 3000 epochs of QM9."""
+
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    dataset: str = "bundled"
+    geometry: str | None = None  # of the bundled set: 'xtb' (default) or 'mmff94'
+    root: str | None = None  # folder of QM9 or GEOM-Drugs
+    steps: int = 100_000
+    batch_size: int = 64  # over all processes
+    learning_rate: float = 1e-3
+    warmup: int = 500
+    decay: int = 5_000  # steps of the linear decay at the end
+    weight_decay: float = 1e-12
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9995
+    normalize: str = "molecule"  # see Denoiser.training_loss
+    seed: int = 0
+    log_every: int = 50
+    validate_every: int = 1_000
+    checkpoint_every: int = 500
+
+
+def edm_mini() -> PretrainConfig:
+    """The small model that comes with the package."""
+    return PretrainConfig(model=DenoiserConfig(features=64, layers=5), steps=60_000)
+
+
+def edm_qm9() -> PretrainConfig:
+    """EDM of the paper (tables 6 and 7): 256 features, 9 layers."""
+    return PretrainConfig(learning_rate=1e-4, ema_decay=0.9999, warmup=1, steps=1_700_000, normalize="padded")
+
+
+PRESETS: dict[str, Callable[[], PretrainConfig]] = {"edm_mini": edm_mini, "edm_qm9": edm_qm9}
+
+
+def pretrain(
+    config: PretrainConfig,
+    out: str | Path,
+    *,
+    max_seconds: float | None = None,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> Denoiser:
+    """Train a denoiser, or continue the run in folder `out`; returns the averaged (EMA) model.
+
+    Writes out/checkpoint.pt (weights, optimiser, average, step), out/log.jsonl and out/model.safetensors (the average).
+    Stops after max_seconds or on Ctrl-C with a checkpoint, and resumes to the same numbers.
+    """
+    out = Path(out)
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    options = {"geometry": config.geometry} if config.geometry else {}
+    train = load_dataset(config.dataset, split="train", root=config.root, **options)
+    validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
+    torch.manual_seed(config.seed)  # initial weights: PyTorch's initialisers take no generator
+    model = Denoiser(config.model).with_size_histogram(train.size_histogram()).to(accelerator.device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
+    ema = ExponentialMovingAverage(parameters, config.ema_decay)
+    step, seconds = 0, 0.0
+    if (out / "checkpoint.pt").exists():
+        step, seconds = _resume(out / "checkpoint.pt", config, model, optimizer, ema)
+    log = JsonLines(out / "log.jsonl", "step", step) if accelerator.is_main_process else None
+    batches = BatchSampler(train.sizes, config.batch_size, config.seed, mode="mixed").stream(step)
+
+    def checkpoint() -> None:
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "config": asdict(config),
+            "step": step,
+            "seconds": seconds,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict(),
+        }
+        save_state(out / "checkpoint.pt", state)
+        ema.swap(parameters)
+        save_model(model, out / "model.safetensors")
+        ema.swap(parameters)
+
+    bar = tqdm(
+        total=config.steps, initial=step, desc="pretraining", disable=not (progress and accelerator.is_main_process)
+    )
+    started, before, total_loss, since = time.monotonic(), seconds, 0.0, 0
+    try:
+        while step < config.steps:
+            factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+            loss, norm = _train_step(
+                model, train.batch(next(batches)), step, config, accelerator, optimizer, parameters
+            )
+            ema.update(parameters)
+            step, total_loss, since = step + 1, total_loss + loss, since + 1
+            seconds = before + time.monotonic() - started
+            bar.update()
+            if step % config.log_every == 0 and log is not None:
+                row = {
+                    "step": step - 1,
+                    "loss": float(total_loss) / since,
+                    "grad_norm": float(norm),
+                    "lr_factor": factor,
+                }
+                if step % config.validate_every == 0:
+                    ema.swap(parameters)
+                    row["validation_loss"] = validation_loss(model, validation)
+                    ema.swap(parameters)
+                log.write({**row, "seconds": round(seconds, 1)})
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+                total_loss, since = 0.0, 0
+            if step % config.checkpoint_every == 0:
+                checkpoint()
+            if max_seconds is not None and time.monotonic() - started > max_seconds:
+                break
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            tqdm.write(f"interrupted at step {step}: run the same command again to continue")
+    finally:
+        bar.close()
+        checkpoint()
+    ema.swap(parameters)
+    return model.eval()
+
+
+def _train_step(
+    model: Denoiser,
+    batch: MoleculeBatch,
+    step: int,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = batch.to(accelerator.device)
+    generator = step_generator(config.seed, 1, step, device=accelerator.device)
+    # times and noise of the whole batch are drawn in every process, then each takes its share
+    t = torch.randint(0, config.model.timesteps + 1, (len(batch),), generator=generator, device=accelerator.device)
+    z, noise, mask = model.encode(batch), model.noise(batch.mask, generator), batch.mask
+    if accelerator.num_processes > 1:
+        share = torch.argsort(batch.sizes, stable=True)[accelerator.process_index :: accelerator.num_processes]
+        z, noise, mask, t = z[share], noise[share], mask[share], t[share]
+    loss = model.training_loss(z, mask, t, noise, normalize=config.normalize, layout=Layout(mask)).loss.sum()
+    loss = loss * accelerator.num_processes / len(batch)
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(accelerator, parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    return loss.detach(), norm
+
+
+@torch.no_grad()
+def validation_loss(model: Denoiser, data: MoleculeDataset, n: int = 512) -> float:
+    """Mean training loss on the first n molecules, with fixed times and noise."""
+    generator = step_generator(0, 2, device=model.device)
+    total = 0.0
+    chunks = torch.arange(min(n, len(data))).split(64)
+    for chunk in chunks:
+        batch = data.batch(chunk).to(model.device)
+        t = torch.randint(0, model.config.timesteps + 1, (len(batch),), generator=generator, device=model.device)
+        noise = model.noise(batch.mask, generator)
+        total += float(model.training_loss(model.encode(batch), batch.mask, t, noise, normalize="molecule").loss.sum())
+    return total / min(n, len(data))
+
+
+def _resume(
+    path: Path,
+    config: PretrainConfig,
+    model: Denoiser,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+) -> tuple[int, float]:
+    state: dict[str, Any] = load_state(path)
+    # what changes the numbers must be the same; the length of the run and the logging may change
+    free = {"steps", "decay", "log_every", "validate_every", "checkpoint_every", "root"}
+    for key, value in asdict(config).items():
+        if key not in free and state["config"][key] != value:
+            raise ValueError(
+                f"{path} was made with {key} = {state['config'][key]!r}, not {value!r}: use another folder"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    return state["step"], state["seconds"]

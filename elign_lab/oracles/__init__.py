@@ -1,0 +1,84 @@
+"""Oracles: energies and forces of molecules, from tight binding to density functional theory.
+
+`load_oracle("xtb")` makes one; `oracle(batch)` evaluates a MoleculeBatch. Backends are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elign_lab.oracles.protocol import Oracle, OracleResult, clip_forces, f_rms
+
+__all__ = ["ORACLES", "Oracle", "OracleEntry", "OracleResult", "clip_forces", "f_rms", "load_oracle"]
+
+
+@dataclass(frozen=True)
+class OracleEntry:
+    """One line of the registry: what an oracle is, what it needs, and where its class is."""
+
+    name: str
+    description: str
+    needs: str
+    module: str
+    class_name: str
+
+    def load(self) -> type[Oracle]:
+        """The oracle's class. Raises ImportError when its module cannot be imported."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the oracle can run here; if not, the reason and the remedy."""
+        try:
+            return self.load().available()
+        except ImportError as error:
+            return False, f"{self.module} cannot be imported ({error}); {self.needs}"
+
+
+def _entry(name: str, class_name: str, description: str, needs: str) -> OracleEntry:
+    return OracleEntry(name, description, needs, f"elign_lab.oracles.{name}", class_name)
+
+
+ORACLES: dict[str, OracleEntry] = {
+    entry.name: entry
+    for entry in (
+        _entry("learned", "LearnedOracle", "small equivariant force field, bundled with the package", "needs nothing"),
+        _entry("xtb", "XTBOracle", "GFN2-xTB tight binding by tblite", "needs `pip install tblite`"),
+        _entry("dft", "DFTOracle", "density functional theory by PySCF, B3LYP/6-31G(d)", "needs `pip install pyscf`"),
+        _entry(
+            "ani",
+            "ANIOracle",
+            "ANI-2x neural network potential by torchani, wB97X/6-31G(d) level",
+            "needs `pip install elign-lab[ani]` and the weights, a download or a folder",
+        ),
+        _entry(
+            "uma",
+            "UMAOracle",
+            "UMA by fairchem-core, task omol, the paper's preference model",
+            "needs `pip install elign-lab[uma]` and access to facebook/UMA on Hugging Face",
+        ),
+        _entry("ase", "ASEOracle", "any ASE calculator", "needs calculator=, an ASE calculator or a factory of one"),
+    )
+}
+
+
+def load_oracle(name: str, **options: Any) -> Oracle:
+    """Make an oracle by name: "learned", "xtb", "dft", "ani", "uma" or "ase"; `options` go to its class.
+
+    Raises ValueError for an unknown name, and for an oracle that cannot run here, with the remedy.
+    """
+    if name not in ORACLES:
+        raise ValueError(f"unknown oracle {name!r}: expected one of {', '.join(ORACLES)}")
+    ready, reason = ORACLES[name].available()
+    if not ready:
+        raise ValueError(f"the {name} oracle is not available: {reason}")
+    return ORACLES[name].load()(**options)
+
+
+def __getattr__(name: str) -> Any:
+    # lazy: worker processes import this package and must not load torch
+    if name in __all__:
+        return getattr(importlib.import_module("elign_lab.oracles.protocol"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

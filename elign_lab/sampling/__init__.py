@@ -1,0 +1,100 @@
+"""Samplers, one file each; every one yields StepRecords. `sample` is the one call that a user needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from elign_lab.denoiser import Denoiser
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.sampling.ancestral import ancestral
+from elign_lab.sampling.record import StepRecord, Trajectory, decode_record
+
+Sampler = Callable[..., Iterator[StepRecord]]
+
+SAMPLERS: dict[str, Sampler] = {"ancestral": ancestral}
+
+__all__ = [
+    "SAMPLERS",
+    "StepRecord",
+    "Trajectory",
+    "ancestral",
+    "decode_record",
+    "get_sampler",
+    "mask_of_sizes",
+    "sample",
+]
+
+
+def sample(
+    model: Denoiser,
+    n: int,
+    *,
+    sizes: Sequence[int] | Tensor | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    sampler: str = "ancestral",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> MoleculeBatch:
+    """Sample n molecules.
+
+    sizes: number of atoms of each (default: drawn from the model's training histogram); steps: T, or fewer on the same
+    grid; seed: the same seed, n, sizes and batch_size give the same molecules on the same machine, and the same noise
+    for another model. Molecules of near-equal size are sampled together. When interrupted (Ctrl-C) it returns the
+    molecules of the finished batches with a warning, and raises only if there are none.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    run = get_sampler(sampler)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = model.sample_sizes(n, generator) if sizes is None else torch.as_tensor(sizes, dtype=torch.long)
+    _check_sizes(model, sizes, n)
+    order = torch.argsort(sizes, stable=True)
+    device_generator = torch.Generator(model.device).manual_seed(seed)
+    calls = (len(model.schedule.grid(steps))) * -(-n // batch_size)
+    done: list[MoleculeBatch] = []
+    with tqdm(total=calls, desc="sampling", unit="step", disable=not progress) as bar:
+        try:
+            for chunk in order.split(batch_size):
+                mask = mask_of_sizes(sizes[chunk]).to(model.device)
+                for last in run(model, mask, steps=steps, generator=device_generator):  # noqa: B007 (used below)
+                    bar.update()
+                done.append(decode_record(model, last).to("cpu"))
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            warnings.warn(f"interrupted: returning {sum(map(len, done))} of {n} molecules", stacklevel=2)
+            return MoleculeBatch.cat(done)
+    return MoleculeBatch.cat(done)[torch.argsort(order)]
+
+
+def get_sampler(name: str) -> Sampler:
+    """A sampler by name; ValueError lists the names."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(sorted(SAMPLERS))}")
+    return SAMPLERS[name]
+
+
+def mask_of_sizes(sizes: Tensor | Sequence[int]) -> Tensor:
+    """Sizes (B,) -> mask (B, max size) with the real atoms first."""
+    sizes = torch.as_tensor(sizes, dtype=torch.long)
+    return torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+
+
+def _check_sizes(model: Denoiser, sizes: Tensor, n: int) -> None:
+    if tuple(sizes.shape) != (n,):
+        raise ValueError(
+            f"sizes has shape {tuple(sizes.shape)}, expected ({n},): one number of atoms for each molecule"
+        )
+    if int(sizes.min()) < 1:
+        raise ValueError(f"sizes[{int(sizes.argmin())}] = {int(sizes.min())}: a molecule needs at least one atom")
+    limit = model.config.max_atoms
+    if limit is not None and int(sizes.max()) > limit:
+        raise ValueError(
+            f"sizes[{int(sizes.argmax())}] = {int(sizes.max())} is over the model's limit of {limit} atoms"
+        )

@@ -1,0 +1,126 @@
+"""What every training run shares: exact resume, atomic checkpoints, logs, learning-rate schedules, processes.
+
+Random numbers of step k are a function of (seed, k) alone, and not of how many steps ran before in this process: so a
+killed run resumes to the same numbers, and any number of processes draws the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def step_generator(seed: int, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream depends on (seed, index...) only; neighbouring seeds give independent streams."""
+    state = np.random.SeedSequence([seed, *index]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """torch.save, atomically: a kill leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """torch.load without code execution."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class JsonLines:
+    """An append-only log, one JSON object a line. Opened again for step k, it forgets what came after."""
+
+    def __init__(self, path: str | Path, key: str, resume_at: int) -> None:
+        self.path, self.key = Path(path), key
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_json_lines(self.path) if row[key] < resume_at] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, which must have the log's key."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a log; a last line that a kill cut short is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
+    """Average the gradients over all processes, in one message (does nothing in a single process)."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), "mean")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def warmup_cosine(step: int, warmup: int, total: int, minimum: float) -> float:
+    """Learning-rate factor at 0-based optimiser step: linear warm-up to 1 in `warmup` steps, then cosine to `minimum`.
+
+    The first step has factor 1 / warmup (not 0), and past `total` the factor stays at the minimum.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_hold_decay(step: int, warmup: int, total: int, decay: int) -> float:
+    """Learning-rate factor: linear warm-up, constant 1, then linear to 0 over the last `decay` of `total` steps.
+
+    A held rate lets a run be extended without a restart of the schedule.
+    """
+    return min((step + 1) / max(warmup, 1), 1.0, max(total - step, 0) / max(decay, 1))
+
+
+class ExponentialMovingAverage:
+    """Running average of parameters, with the usual warm-up decay = min(decay, (1 + k) / (10 + k))."""
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Move the average towards the parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, parameters: Iterable[Tensor]) -> None:
+        """Exchange the average and the parameters; call it again to undo."""
+        for value, p in zip(self.values, parameters, strict=True):
+            held = p.detach().clone()
+            p.copy_(value)
+            value.copy_(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {"updates": self.updates, "values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.updates = state["updates"]
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)

@@ -1,0 +1,202 @@
+"""The network and its layout: symmetries, independence of the batch, gradients, bad input."""
+
+import itertools
+
+import pytest
+import torch
+
+from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout, NoiseSchedule
+from elign_lab.denoiser.edges import EdgeMLP
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.testing import Tolerance, assert_equivariant, equivariance_errors
+
+SMILES = ["O", "CCO", "c1ccccc1", "CC(=O)N", "FC(F)F"]
+
+
+@pytest.fixture(scope="module")
+def batch() -> MoleculeBatch:
+    return MoleculeBatch.from_smiles(SMILES).to(dtype=torch.float32)
+
+
+def make(dtype: torch.dtype = torch.float32, **config) -> Denoiser:
+    torch.manual_seed(0)
+    model = Denoiser(DenoiserConfig(features=24, layers=3, **config)).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("coordinates.out.weight"):
+                p.mul_(300)  # the initial gain of 0.001 would hide errors of the coordinate update
+    return model
+
+
+def state(model: Denoiser, batch: MoleculeBatch, t: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    z = model.encode(batch)
+    steps = torch.full((len(batch),), t)
+    return model.diffuse(z, steps, model.noise(batch.mask, torch.Generator().manual_seed(1))), steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t", [1, 500, 1000])
+def test_equivariance(batch, dtype, t):
+    model = make(dtype)
+    z, steps = state(model, batch.to(dtype=dtype), t)
+    assert_equivariant(model, z, steps, batch.mask)
+
+
+def test_equivariance_check_finds_a_broken_network(batch):
+    model = make(torch.float64)
+    z, steps = state(model, batch.to(dtype=torch.float64))
+
+    def broken(state, mask):
+        return model.eps(state, steps, mask) + 1e-3 * state[..., :1].abs()
+
+    errors = equivariance_errors(broken, z, batch.mask, torch.Generator().manual_seed(0))
+    assert errors["rotation"] > 100 * Tolerance.FLOAT64
+    assert errors["translation"] > 100 * Tolerance.FLOAT64
+    assert errors["permutation"] < Tolerance.FLOAT64
+
+
+def test_gnn_baseline_is_not_equivariant(batch):
+    model = make(torch.float64, network="gnn")
+    z, steps = state(model, batch.to(dtype=torch.float64))
+    with pytest.raises(AssertionError, match="rotation"):
+        assert_equivariant(model, z, steps, batch.mask)
+
+
+def test_noise_has_zero_centre_of_mass_and_unit_variance(batch):
+    model = make()
+    big = batch[[0] * 4000]
+    noise = model.noise(big.mask, torch.Generator().manual_seed(0))
+    assert float(noise[..., :3].sum(1).abs().max()) < 1e-5
+    # 3 (N - 1) dimensions with unit variance: E |x|^2 = 6 for water
+    squared = noise[..., :3].square().sum((1, 2))
+    assert abs(float(squared.mean()) - 6) < 4 * (12 / 4000) ** 0.5
+
+
+def test_output_does_not_depend_on_the_batch_or_its_layout(batch):
+    model = make(torch.float64)
+    z, t = state(model, batch.to(dtype=torch.float64))
+    together = model.eps(z, t, batch.mask)
+    for block_pairs, padding in ((1, 0.0), (100_000, 1.0), (500, 0.5)):
+        other = model.eps(z, t, batch.mask, layout=Layout(batch.mask, block_pairs, padding))
+        torch.testing.assert_close(other, together)
+    for i, n in enumerate(batch.sizes.tolist()):
+        alone = model.eps(z[i : i + 1, :n], t[i : i + 1], batch.mask[i : i + 1, :n])
+        torch.testing.assert_close(alone[0], together[i, :n])
+    assert float(together[~batch.mask].abs().max()) == 0
+
+
+def test_layout_takes_a_mask_with_holes(batch):
+    model = make(torch.float64)
+    z, t = state(model, batch.to(dtype=torch.float64))
+    dense = model.eps(z, t, batch.mask)
+    order = torch.arange(z.shape[1]).flip(0)
+    holes = model.eps(z[:, order], t, batch.mask[:, order])
+    torch.testing.assert_close(holes, dense[:, order])
+
+
+def test_single_atom_and_empty_rows():
+    model = make()
+    mask = torch.tensor([[True, False], [True, True], [False, False]])
+    z = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0)) * mask.unsqueeze(-1)
+    out = model.eps(z, torch.tensor([5, 5, 5]), mask)
+    assert torch.isfinite(out).all()
+    assert float(out[0, 0, :3].abs().max()) == 0  # one atom: no degree of freedom in space
+    assert float(out[2].abs().max()) == 0
+
+
+def test_a_non_finite_molecule_does_not_touch_the_others(batch):
+    model = make()
+    z, t = state(model, batch)
+    clean = model.eps(z, t, batch.mask)
+    z = z.clone()
+    z[2, 0, 0] = float("nan")
+    out = model.eps(z, t, batch.mask)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(out[others], clean[others])
+    assert torch.isnan(out[2]).any()
+
+
+@pytest.mark.parametrize("config", [{}, {"attention": False}, {"sublayers": 2}])
+def test_hand_written_gradient(batch, config):
+    """EdgeMLP's backward against finite differences, through the whole network and its loss."""
+    model = make(torch.float64, **config)
+    small = batch[[0, 1]].to(dtype=torch.float64)
+    z, t = model.encode(small), torch.tensor([200, 600])
+    noise = model.noise(small.mask, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(3)
+
+    def loss() -> torch.Tensor:
+        return model.training_loss(z, small.mask, t, noise).loss.sum()
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        slope = float((p.grad * direction).sum())
+        with torch.no_grad():
+            p.add_(1e-6 * direction)
+            up = float(loss())
+            p.sub_(2e-6 * direction)
+            down = float(loss())
+            p.add_(1e-6 * direction)
+        assert abs((up - down) / 2e-6 - slope) <= 1e-5 * max(1.0, abs(slope)), name
+
+
+def test_edge_mlp_gradcheck():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    layout = Layout(mask)
+    f, g = 3, torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    inputs = (tensor(layout.rows, 2 * f), tensor(layout.pairs, 2), tensor(2, f), tensor(f, f), tensor(f))
+    for reduce in ("sum", "attend", "score"):
+        head, bias = tensor(f), tensor()
+        assert torch.autograd.gradcheck(
+            lambda *a, r=reduce: EdgeMLP.apply(*a, layout, r, torch.float64), (*inputs, head, bias)
+        )
+
+
+def test_bfloat16_products_stay_close(batch):
+    model = make()
+    z, t = state(model, batch)
+    exact = model.eps(z, t, batch.mask)
+    model.network.dtype = torch.bfloat16
+    low = model.eps(z, t, batch.mask)
+    error = float((low - exact).norm() / exact.norm())
+    assert 1e-5 < error < 0.1  # bfloat16 has 3 digits, and these weights blow the coordinate update up
+
+
+def test_bad_input_is_named(batch):
+    model = make()
+    z, t = state(model, batch)
+    with pytest.raises(ValueError, match="z has shape"):
+        model.eps(z[..., :5], t, batch.mask)
+    with pytest.raises(ValueError, match="integer steps"):
+        model.eps(z, t.float(), batch.mask)
+    with pytest.raises(ValueError, match="context"):
+        model.eps(z, t, batch.mask, context=z)
+    with pytest.raises(ValueError, match=r"molecule 0, atom 0 is Cl"):
+        model.encode(MoleculeBatch.from_smiles("ClCCl"))
+    limited = make().with_size_histogram({5: 1})
+    with pytest.raises(ValueError, match="over the limit of 5"):
+        limited.encode(batch)
+    with pytest.raises(ValueError, match="unknown noise schedule"):
+        NoiseSchedule("linear", 10)
+    with pytest.raises(ValueError, match="0 <= s < t"):
+        model.schedule.transition(3, 3)
+    with pytest.raises(ValueError, match="too large for sigma_0"):
+        Denoiser(DenoiserConfig(scale=(1.0, 4.0, 100.0)))
+
+
+def test_grid_is_a_subset_of_the_full_one():
+    schedule = NoiseSchedule("polynomial_2", 1000)
+    assert schedule.grid() == list(range(1000, -1, -1))
+    short = schedule.grid(7)
+    assert short[0] == 1000
+    assert short[-1] == 0
+    assert len(short) == 8
+    assert all(a > b for a, b in itertools.pairwise(short))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="steps must be"):
+            schedule.grid(steps)

@@ -1,0 +1,124 @@
+"""Samplers: the golden 1000-step chain, seeds, network calls, interruption."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import elign_lab.sampling as sampling
+from elign_lab.checkpoints import from_edm_state
+from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.sampling import StepRecord, Trajectory, ancestral, decode_record, mask_of_sizes, sample
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[dict[str, np.ndarray], Denoiser]:
+    data = dict(np.load(GOLDEN / "edm_small_trained.npz"))
+    state = {k[3:]: torch.from_numpy(v) for k, v in data.items() if k.startswith("sd/")}
+    config = DenoiserConfig(features=32, layers=3, size_histogram=((5, 2), (9, 1)))
+    return data, from_edm_state(state, config)
+
+
+def test_golden_chain_of_1000_steps(trained):
+    """Same network, same noise: the states of the public code after each recorded step, and its molecules."""
+    data, model = trained
+    mask = torch.from_numpy(data["chain/node_mask"][..., 0] > 0)
+    noise = iter(torch.from_numpy(data["chain/noise"]))
+    wanted = {int(s): z for s, z in zip(data["chain/s_int"], torch.from_numpy(data["chain/z_s"]), strict=True)}
+    seen = 0
+    for record in ancestral(model, mask, noise=noise):
+        if record.s in wanted:
+            z = wanted[record.s]
+            # float32 against float32 of the public code, which is itself 4e-5 from its float64 run over the chain
+            assert float((record.z_s - z).abs().max()) < 1e-4 * max(1.0, float(z.abs().max()))
+            seen += 1
+    assert seen == len(wanted)
+    assert record.evaluations == 1001
+    molecules = decode_record(model, record)
+    assert float((molecules.positions - torch.from_numpy(data["chain/x"])).abs().max()) < 1e-4
+    one_hot = molecules.numbers.unsqueeze(-1) == torch.tensor(model.config.elements)
+    assert torch.equal(one_hot, torch.from_numpy(data["chain/h_categorical"] > 0))
+
+
+def test_records_obey_the_kernel(trained):
+    _, model = trained
+    mask = mask_of_sizes([5, 9])
+    records = list(ancestral(model, mask, steps=10, generator=torch.Generator().manual_seed(0)))
+    assert [r.t for r in records] == [*model.schedule.grid(10)[:-1], 0]
+    assert [r.evaluations for r in records] == list(range(1, 12))
+    for r in records:
+        torch.testing.assert_close(r.z_s, r.mean + r.sigma * r.noise, atol=2e-6, rtol=1e-5)
+        assert float((r.z_s[..., :3].sum(1)).abs().max()) < 1e-3
+        assert float(r.z_s[~mask].abs().max()) == 0
+    trajectory = Trajectory(model, records)
+    assert len(trajectory.frames()) == len(trajectory.frames("z")) == 11
+    weights = trajectory.type_weights()
+    assert weights.shape == (11, 2, 9, 5)
+    assert torch.equal(trajectory.final().numbers, decode_record(model, records[-1]).numbers)
+    with pytest.raises(ValueError, match="decoding step"):
+        decode_record(model, records[0])
+
+
+def test_seeds(trained):
+    _, model = trained
+    a, b, c = (sample(model, 6, steps=5, seed=seed, batch_size=4) for seed in (1, 1, 2))
+    assert torch.equal(a.positions, b.positions)
+    assert torch.equal(a.numbers, b.numbers)
+    assert not torch.equal(a.sizes, c.sizes) or not torch.equal(a.positions, c.positions)
+
+
+def test_results_come_in_the_order_of_the_sizes(trained):
+    _, model = trained
+    sizes = [9, 5, 7, 3, 9, 5]
+    out = sample(model, 6, sizes=sizes, steps=3, batch_size=2)
+    assert out.sizes.tolist() == sizes
+
+
+def test_interruption_keeps_what_is_finished(trained, monkeypatch):
+    _, model = trained
+    calls = 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        yield from ancestral(*args, **kwargs)
+
+    monkeypatch.setitem(sampling.SAMPLERS, "ancestral", interrupted)
+    with pytest.warns(UserWarning, match="returning 4 of 6"):
+        out = sample(model, 6, sizes=[5] * 6, steps=3, batch_size=2)
+    assert len(out) == 4
+    calls = 2
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, 6, sizes=[5] * 6, steps=3, batch_size=2)
+
+
+def test_bad_requests(trained):
+    _, model = trained
+    for options, message in (
+        ({"n": 0}, "at least 1"),
+        ({"n": 2, "sizes": [5]}, r"expected \(2,\)"),
+        ({"n": 2, "sizes": [5, 0]}, r"sizes\[1\] = 0"),
+        ({"n": 2, "sizes": [5, 30]}, "over the model's limit of 9"),
+        ({"n": 2, "steps": 0}, "steps must be"),
+        ({"n": 2, "sampler": "euler"}, "expected one of ancestral"),
+    ):
+        n = options.pop("n")
+        with pytest.raises(ValueError, match=message):
+            sample(model, n, **options)
+    plain = Denoiser(DenoiserConfig(features=8, layers=1))
+    with pytest.raises(ValueError, match="no size histogram"):
+        sample(plain, 2)
+    with pytest.raises(ValueError, match="ends at t = 0"):
+        list(ancestral(plain, mask_of_sizes([3]), grid=[10, 5]))
+
+
+def test_record_type(trained):
+    _, model = trained
+    record = next(ancestral(model, mask_of_sizes([3]), steps=2))
+    assert isinstance(record, StepRecord)
+    assert record.s == 500

@@ -1,0 +1,262 @@
+"""The FED-GRPO trainer: resume after kills, several processes, failures, and a problem whose answer is known."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from elign_lab.alignment import (
+    AlignConfig,
+    OracleFailureError,
+    TerminalChannel,
+    Trainer,
+    align,
+    fed_grpo_terms,
+    group_normalize,
+)
+from elign_lab.checkpoints import from_edm_state, load_model
+from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.testing import SpringOracle
+from elign_lab.training import read_json_lines, warmup_cosine, warmup_hold_decay
+
+CONFIG = AlignConfig(
+    groups=2,
+    members=3,
+    steps=8,
+    skip_prefix=4,
+    potential_stride=2,
+    iterations=10,
+    learning_rate=1e-3,
+    warmup=2,
+    total_updates=30,
+    updates=2,
+    evaluate_every=4,
+    evaluate_n=3,
+    # the results of an untrained network are far apart, so that clipping would make all rewards equal
+    force_clip=None,
+    energy_clip=None,
+)
+
+
+def make() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(DenoiserConfig(features=12, layers=2, size_histogram=((3, 1), (5, 2))))
+
+
+def run_to_the_end(out: str) -> None:
+    torch.set_num_threads(1)
+    Trainer(make(), SpringOracle(), CONFIG, out=out).run(progress=False)
+
+
+def weights(path: Path) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in load_model(path).parameters()])
+
+
+def test_killed_at_twenty_random_moments(tmp_path):
+    """SIGKILL, again and again, wherever it happens to be: the final weights and the log are those of a quiet run."""
+    context = multiprocessing.get_context("fork")
+    quiet, rough = tmp_path / "quiet", tmp_path / "rough"
+    start = time.monotonic()
+    child = context.Process(target=run_to_the_end, args=(str(quiet),))
+    child.start()
+    child.join(120)
+    duration = time.monotonic() - start
+    assert child.exitcode == 0
+    moments = random.Random(0)
+    killed = 0
+    while killed < 20:
+        child = context.Process(target=run_to_the_end, args=(str(rough),))
+        child.start()
+        child.join(moments.uniform(0, duration / 5))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            killed += 1
+        child.join()
+        if child.exitcode == 0:
+            # it got to the end early: start over, so that all 20 kills hit a running training
+            assert torch.equal(weights(rough / "model.safetensors"), weights(quiet / "model.safetensors"))
+            for file in rough.iterdir():
+                file.unlink()
+    child = context.Process(target=run_to_the_end, args=(str(rough),))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    for name in ("model.safetensors", "best.safetensors"):
+        assert torch.equal(weights(rough / name), weights(quiet / name))
+    logs = [read_json_lines(folder / "log.jsonl") for folder in (quiet, rough)]
+    assert len(logs[0]) == CONFIG.iterations
+    for a, b in zip(*logs, strict=True):
+        timeless = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in (a, b)]
+        assert timeless[0] == timeless[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """The same groups on two gloo processes: the same weights after two iterations, up to rounding."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_trainer import *\n"
+        "torch.set_num_threads(1)\n"
+        "c = replace(CONFIG, iterations=2, evaluate_every=1)\n"
+        "Trainer(make(), SpringOracle(), c, out=sys.argv[2]).run(progress=False)\n"
+    )
+    here = str(Path(__file__).parent)
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+        command += [str(script), here, str(tmp_path / str(processes))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (weights(tmp_path / str(k) / "model.safetensors") for k in (1, 2))
+    moved = float((one - torch.cat([p.detach().reshape(-1) for p in make().parameters()])).norm())
+    assert float((one - two).norm()) < 1e-3 * moved
+    rows = [read_json_lines(tmp_path / str(k) / "log.jsonl") for k in (1, 2)]
+    for key in ("reward_energy", "reward_force", "kl", "grad_norm", "eval_force"):
+        assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-3), key
+
+
+def test_known_optimum_of_a_gaussian_policy():
+    """Reward linear in the action, group-normalised advantages: the mean of the policy moves to E[s_K] / lambda.
+
+    For z = u + xi (unit variance, reference u = 0) and reward a z, A_i = (xi_i - mean) / s, so that the gradient of the
+    surrogate in u is E[A_i xi_i] = E[s_K], s_K the population standard deviation of K standard normal numbers, and that
+    of the penalty is lambda u. The slope a drops out.
+    """
+    k, groups, weight, slope = 6, 4000, 0.5, 37.0
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(1, 1, 1, requires_grad=True)
+    ratio_scale = torch.ones(groups * k)
+    optimizer = torch.optim.SGD([mean], lr=0.5)
+    path = []
+    for _ in range(40):
+        noise = torch.randn(groups * k, 1, 1, generator=generator)
+        old = -mean.detach().expand_as(noise)  # the mean is -c sigma eps, with c = sigma = 1
+        action = -old + noise
+        advantage = group_normalize(slope * action.view(groups, k), torch.ones(groups, k, dtype=torch.bool), 1e-3)
+        new = -mean.expand_as(noise)
+        terms = fed_grpo_terms(noise, new, old, torch.zeros_like(noise), ratio_scale, advantage.view(-1), 0.2)
+        loss = (-terms.surrogate + weight * terms.kl).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        path.append(float(mean))
+    expected = math.sqrt(2 / k) * math.gamma(k / 2) / math.gamma((k - 1) / 2) / weight
+    found = sum(path[20:]) / len(path[20:])
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_training_improves_the_reward():
+    """Forces of fresh samples fall, with the same seeds, when a trained denoiser is aligned with springs."""
+    data = dict(np.load(Path(__file__).parents[1] / "golden" / "edm_small_trained.npz"))
+    state = {k[3:]: torch.from_numpy(v) for k, v in data.items() if k.startswith("sd/")}
+    policy = from_edm_state(state, DenoiserConfig(features=32, layers=3, size_histogram=((5, 1),)))
+    config = replace(
+        CONFIG,
+        groups=4,
+        members=8,
+        iterations=20,
+        steps=20,
+        skip_prefix=10,
+        learning_rate=5e-4,
+        clip_range=0.2,
+        kl_weight=0.0,
+        energy_weight=0.0,
+        force_clip=20.0,
+        evaluate_n=64,
+    )
+    trainer = Trainer(policy, SpringOracle(), config)
+    before = trainer.evaluate()["eval_force"]
+    trainer.run(progress=False)
+    after = trainer.evaluate()["eval_force"]
+    assert after > 0.9 * before, (before, after)  # rewards are negative: at least a tenth better
+
+
+def test_failed_molecules_are_dropped_and_counted(tmp_path):
+    heavy = SpringOracle(fail=lambda numbers: 9 in numbers)
+    rows = Trainer(make(), heavy, replace(CONFIG, iterations=3, max_failure_share=1.0), out=tmp_path).run(
+        progress=False
+    )
+    assert sum(row["failed"] for row in rows) > 0
+    assert all(math.isfinite(row["grad_norm"]) for row in rows)
+    with pytest.raises(OracleFailureError, match="failed on 6 of 6 rollouts"):
+        Trainer(make(), SpringOracle(fail=lambda numbers: True), CONFIG).run(progress=False)
+
+
+def test_counters_and_calls():
+    trainer = Trainer(make(), SpringOracle(), CONFIG)
+    step = trainer.step()
+    assert step.metrics["network_calls"] == CONFIG.steps + 1
+    # terminal, and the potential at trained steps 0, 2 and 3
+    assert step.metrics["oracle_molecules"] == 6 * (1 + 3)
+    assert step.rewards.evaluated == (0, 2, 3)
+    assert step.advantages.shape == (2, 3, 4)
+    assert step.metrics["iteration"] == 0
+
+
+@pytest.mark.parametrize("signal_name", ["terminal", "naive"])
+def test_ablations_of_the_energy_signal(signal_name):
+    step = Trainer(make(), SpringOracle(), replace(CONFIG, energy_signal=signal_name)).step()
+    to_go = step.rewards.return_to_go
+    if signal_name == "terminal":
+        assert torch.equal(to_go, step.rewards.energy.unsqueeze(1).expand_as(to_go))
+        assert step.metrics["oracle_molecules"] == 6
+    else:
+        assert not torch.equal(to_go[:, 0], to_go[:, -1])
+
+
+def test_subset_of_the_pairs_holds_whole_groups():
+    trainer = Trainer(make(), SpringOracle(), replace(CONFIG, pairs_per_iteration=12))
+    units = trainer._choose_units(4, 0)
+    assert len(units) == 4
+    assert len(set(units.tolist())) == 4
+    assert not torch.equal(units.sort().values, trainer._choose_units(4, 1).sort().values)
+
+
+def test_extra_channels_enter_the_advantage_and_the_log():
+    channel = TerminalChannel("small", 2.0, lambda molecules: -molecules.positions[:, 0].norm(dim=1))
+    plain, extra = (Trainer(make(), SpringOracle(), CONFIG, channels=c).step() for c in ((), (channel,)))
+    assert extra.metrics["reward_small"] < 0
+    assert not torch.equal(plain.advantages, extra.advantages)
+    assert "reward_small" not in plain.metrics
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    Trainer(make(), SpringOracle(), replace(CONFIG, iterations=1), out=tmp_path).run(progress=False)
+    with pytest.raises(ValueError, match="kl_weight"):
+        Trainer(make(), SpringOracle(), replace(CONFIG, kl_weight=0.5), out=tmp_path)
+    longer = Trainer(make(), SpringOracle(), replace(CONFIG, iterations=2), out=tmp_path)
+    assert longer.iteration == 1
+    assert len(longer.run(progress=False)) == 1
+
+
+def test_align_leaves_the_base_model_alone():
+    base = make()
+    before = [p.clone() for p in base.parameters()]
+    aligned, history = align(base, SpringOracle(), replace(CONFIG, iterations=1), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), before, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(aligned.parameters(), before, strict=True))
+    assert json.dumps(history)
+
+
+def test_learning_rate_schedules():
+    factors = [warmup_cosine(k, 4, 20, 0.3) for k in range(40)]
+    assert factors[0] == 0.25  # not 0: the first step counts
+    assert factors[4] == 1.0
+    assert factors[20] == pytest.approx(0.3)
+    assert factors[39] == pytest.approx(0.3)  # it does not climb again
+    hold = [warmup_hold_decay(k, 2, 10, 4) for k in range(11)]
+    assert hold[:2] == [0.5, 1.0]
+    assert hold[5] == 1.0
+    assert hold[8] == 0.5
+    assert hold[10] == 0.0
