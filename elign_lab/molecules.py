@@ -101,12 +101,14 @@ class MoleculeBatch:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> MoleculeBatch:
         """Molecules by index, slice, list or mask, padded to the largest of them."""
-        if isinstance(index, int):
+        if isinstance(index, (int, np.integer)):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"molecule {index} of a batch of {len(self)}")
             index = [index]
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.mask.device)
+            if index.numel() == 0:
+                index = index.long()  # torch reads an empty list as floats
         mask = self.mask[index]
         n = int(mask.sum(1).max()) if len(mask) else 0
         return MoleculeBatch(self.numbers[index][:, :n], self.positions[index][:, :n], mask[:, :n], check=False)
@@ -300,12 +302,12 @@ class MoleculeBatch:
         """Read an SDF or mol file (path), or SDF text; bonds are not kept."""
         from rdkit import Chem
 
-        supplier = Chem.SDMolSupplier()
-        supplier.SetData(_read_text(source, marker="\n"), sanitize=False, removeHs=False)
-        mols = list(supplier)
-        if not mols:
+        text = _read_text(source, marker="\n")
+        if not text.strip():
             raise ValueError(f"no molecule in SDF input {_name(source)}")
-        return cls.from_rdkit(mols)
+        supplier = Chem.SDMolSupplier()
+        supplier.SetData(text, sanitize=False, removeHs=False)
+        return cls.from_rdkit(list(supplier))
 
     def to_sdf(self, path: str | Path | None = None) -> str:
         """SDF text with EDM's distance-table bonds; written to `path` when given."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
 def load_state(path: str | Path) -> dict[str, Any]:
     """torch.load without code execution."""
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def require_same_run(path: str | Path, saved: dict[str, Any], config: Any, free: Collection[str]) -> None:
+    """Raise ValueError when a checkpoint's configuration differs from `config` (a dataclass) in a field not in `free`.
+
+    A field that the checkpoint does not know was added later; the run had its default.
+    """
+    defaults = asdict(type(config)())
+    for key, value in asdict(config).items():
+        before = saved.get(key, defaults[key])
+        if key not in free and before != value:
+            raise ValueError(f"{path} was made with {key} = {before!r}, not {value!r}: use another folder")
 
 
 class JsonLines:

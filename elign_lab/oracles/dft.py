@@ -19,8 +19,7 @@ class DFTOracle(Oracle):
 
     Molecules are neutral; RKS for an even number of electrons, UKS with one unpaired electron for an odd one. An SCF
     that does not converge is repeated with the second-order solver; if that fails too, it is a status. The
-    isolated-atom energies are UKS in the ground-state spins. Cost: 6 s of one core
-    for ethanol (9 atoms).
+    isolated-atom energies are UKS in the ground-state spins. Cost: 6 s of one core for ethanol (9 atoms).
 
     xc: functional. "b3lyp" is PySCF's (2.3 and later): libxc's HYB_GGA_XC_B3LYP with VWN-RPA, the variant of Gaussian;
         "b3lyp5" has VWN5. The paper says B3LYP by PySCF and names no variant.
@@ -28,7 +27,7 @@ class DFTOracle(Oracle):
         its total energies differ). The gradient leaves out the response of the grid. Both are PySCF's defaults.
     grid_level: PySCF's integration grid, 0 to 9.
     conv_tol: of the energy, Hartree. max_cycle: of the SCF.
-    density_fit: fit the Coulomb and exchange integrals; faster for large molecules, changes total energies by some meV (3 for ethanol).
+    density_fit: fit the Coulomb and exchange integrals; changes total energies by some meV (3 for ethanol).
     gpu: run on gpu4pyscf, which must be installed; use workers=0 or 1. Not covered by the tests.
     workers, executor, timeout: see WorkerPool. timeout is in seconds per molecule.
     Other options: see Oracle. Raises ValueError for a functional, a basis or a value that is not valid.

@@ -1,0 +1,73 @@
+"""Pretraining: it learns, resumes to the same numbers, and refuses to mix runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from elign_lab.checkpoints import load_model
+from elign_lab.denoiser import DenoiserConfig
+from elign_lab.denoiser.pretrain import PretrainConfig, pretrain, validation_loss
+from elign_lab.training import read_json_lines
+
+CONFIG = PretrainConfig(
+    model=DenoiserConfig(features=16, layers=2),
+    steps=30,
+    batch_size=16,
+    warmup=5,
+    decay=10,
+    ema_decay=0.9,
+    log_every=5,
+    validate_every=30,
+    checkpoint_every=7,
+)
+
+
+def weights(path):
+    return torch.cat([p.detach().reshape(-1) for p in load_model(path).parameters()])
+
+
+def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch):
+    pretrain(CONFIG, tmp_path / "quiet", progress=False)
+    import elign_lab.denoiser.pretrain as module
+
+    original = module._train_step
+    for stop in (3, 11, 24):
+
+        def interrupted(model, batch, step, *args, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            return original(model, batch, step, *args)
+
+        monkeypatch.setattr(module, "_train_step", interrupted)
+        pretrain(CONFIG, tmp_path / "rough", progress=False)
+    monkeypatch.setattr(module, "_train_step", original)
+    model = pretrain(CONFIG, tmp_path / "rough", progress=False)
+    for name in ("quiet", "rough"):
+        assert (tmp_path / name / "model.safetensors").exists()
+    assert torch.equal(
+        weights(tmp_path / "quiet" / "model.safetensors"), weights(tmp_path / "rough" / "model.safetensors")
+    )
+    logs = [read_json_lines(tmp_path / name / "log.jsonl") for name in ("quiet", "rough")]
+    assert logs[0][-1]["validation_loss"] == logs[1][-1]["validation_loss"]
+    assert logs[0][-1]["validation_loss"] < 0.5  # predicting zero noise gives 0.5
+    assert model.config.size_histogram
+
+
+def test_time_limit(tmp_path):
+    pretrain(replace(CONFIG, steps=10_000), tmp_path, max_seconds=0.0, progress=False)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] < 100
+
+
+def test_another_configuration_is_refused(tmp_path):
+    pretrain(replace(CONFIG, steps=2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="learning_rate"):
+        pretrain(replace(CONFIG, steps=4, learning_rate=1.0), tmp_path, progress=False)
+
+
+def test_validation_loss_is_fixed(tmp_path):
+    from elign_lab.datasets import load_dataset
+
+    model = pretrain(replace(CONFIG, steps=1), tmp_path, progress=False)
+    data = load_dataset("bundled", split="validation")
+    assert validation_loss(model, data, 32) == validation_loss(model, data, 32)
