@@ -35,7 +35,15 @@ from elign_lab.checkpoints import save_model
 from elign_lab.denoiser import Denoiser
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import sample
-from elign_lab.training import JsonLines, average_gradients, load_state, save_state, step_generator, warmup_cosine
+from elign_lab.training import (
+    JsonLines,
+    average_gradients,
+    load_state,
+    require_same_run,
+    save_state,
+    step_generator,
+    warmup_cosine,
+)
 
 # streams of random numbers, so that none is used twice
 _SIZES, _ROLLOUT, _UNITS = 1, 2, 3
@@ -347,11 +355,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         state: dict[str, Any] = load_state(path)
         free = {"iterations", "evaluate_every", "checkpoint_every", "max_failure_share", "pairs_per_call"}
-        for key, value in asdict(self.config).items():
-            if key not in free and state["config"][key] != value:
-                raise ValueError(
-                    f"{path} was made with {key} = {state['config'][key]!r}, not {value!r}: use another folder"
-                )
+        require_same_run(path, state["config"], self.config, free)
         if state["channels"] != [ch.name for ch in self.channels]:
             raise ValueError(f"{path} was made with the channels {state['channels']}: use another folder")
         self.policy.load_state_dict(state["policy"])

@@ -22,6 +22,7 @@ from elign_lab.training import (
     JsonLines,
     average_gradients,
     load_state,
+    require_same_run,
     save_state,
     step_generator,
     warmup_hold_decay,
@@ -218,11 +219,7 @@ def _resume(
     state: dict[str, Any] = load_state(path)
     # what changes the numbers must be the same; the length of the run and the logging may change
     free = {"steps", "decay", "log_every", "validate_every", "checkpoint_every", "root"}
-    for key, value in asdict(config).items():
-        if key not in free and state["config"][key] != value:
-            raise ValueError(
-                f"{path} was made with {key} = {state['config'][key]!r}, not {value!r}: use another folder"
-            )
+    require_same_run(path, state["config"], config, free)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
