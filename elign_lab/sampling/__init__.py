@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling.ancestral import ancestral
+from elign_lab.sampling.dpm_solver import dpm_solver
 from elign_lab.sampling.record import StepRecord, Trajectory, decode_record
 
 Sampler = Callable[..., Iterator[StepRecord]]
 
-SAMPLERS: dict[str, Sampler] = {"ancestral": ancestral}
+SAMPLERS: dict[str, Sampler] = {"ancestral": ancestral, "dpm_solver": dpm_solver}
 
 __all__ = [
     "SAMPLERS",
@@ -24,6 +25,7 @@ __all__ = [
     "Trajectory",
     "ancestral",
     "decode_record",
+    "dpm_solver",
     "get_sampler",
     "mask_of_sizes",
     "sample",

@@ -46,12 +46,8 @@ def ancestral(
             record = _step(model, z, t, s, mask, next(draw), context, layout, evaluations)
         yield record
         z = record.z_s
-    if not decode:
-        return
-    if times[-1] != 0:
-        raise ValueError(f"decoding needs a grid that ends at t = 0, got {times[-1]}")
-    with torch.no_grad():
-        yield _decoding_step(model, z, mask, next(draw), context, layout, evaluations + 1)
+    if decode:
+        yield decoding_step(model, z, times[-1], mask, next(draw), context, layout, evaluations + 1)
 
 
 def _step(
@@ -74,15 +70,20 @@ def _step(
     return StepRecord(t, s, z, eps, model.clean(z, t, eps), mean, step.sigma, noise, z_s, mask, evaluations)
 
 
-def _decoding_step(
+@torch.no_grad()
+def decoding_step(
     model: Denoiser,
     z: Tensor,
+    t: int,
     mask: Tensor,
     noise: Tensor,
     context: Tensor | None,
     layout: Layout,
     evaluations: int,
 ) -> StepRecord:
+    """The last step of every sampler: x ~ N(x0_hat(z_0), (sigma_0 / alpha_0)^2 P); z must be at t = 0."""
+    if t != 0:
+        raise ValueError(f"decoding needs a grid that ends at t = 0, got {t}")
     eps = model.eps(z, torch.zeros(len(z), dtype=torch.long, device=z.device), mask, context=context, layout=layout)
     clean = model.clean(z, 0, eps)
     alpha, sigma = model.schedule.alpha_sigma(0)

@@ -1,5 +1,6 @@
 """Samplers: the golden 1000-step chain, seeds, network calls, interruption."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_bad_requests(trained):
         ({"n": 2, "sizes": [5, 0]}, r"sizes\[1\] = 0"),
         ({"n": 2, "sizes": [5, 30]}, "over the model's limit of 9"),
         ({"n": 2, "steps": 0}, "steps must be"),
-        ({"n": 2, "sampler": "euler"}, "expected one of ancestral"),
+        ({"n": 2, "sampler": "euler"}, "expected one of ancestral, dpm_solver"),
     ):
         n = options.pop("n")
         with pytest.raises(ValueError, match=message):
@@ -122,3 +123,48 @@ def test_record_type(trained):
     record = next(ancestral(model, mask_of_sizes([3]), steps=2))
     assert isinstance(record, StepRecord)
     assert record.s == 500
+
+
+class GaussianModel(Denoiser):
+    """Denoiser whose data are Gaussian with variance `v` in every direction: its eps is known exactly."""
+
+    v = 0.3
+
+    def eps(self, z, t, mask, *, context=None, layout=None):
+        alpha, sigma = (x.view(-1, 1, 1).to(z.dtype) for x in self.schedule.alpha_sigma(t))
+        return sigma / (alpha**2 * self.v + sigma**2) * z
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_dpm_solver_order(first, monkeypatch):
+    """On Gaussian data the ODE has the solution z_s = z_t sqrt(var_s / var_t); the error falls with the second power.
+
+    Without the multistep term (first) it falls with the first power, so that the test can tell.
+    """
+    module = importlib.import_module("elign_lab.sampling.dpm_solver")  # the package attribute is the function
+    if first:
+        monkeypatch.setattr(module, "_extrapolate", lambda clean, *_: clean)
+    model = GaussianModel(DenoiserConfig(features=4, layers=1)).double()
+    mask = mask_of_sizes([4])
+    z = model.noise(mask, torch.Generator().manual_seed(0))
+    top, bottom = 900, 300
+
+    def variance(t):
+        alpha, sigma = model.schedule.alpha_sigma(t)
+        return alpha**2 * model.v + sigma**2
+
+    exact = z * (variance(bottom) / variance(top)) ** 0.5
+    errors = []
+    for step in (50, 25):
+        grid = list(range(top, bottom - 1, -step))
+        last = list(module.dpm_solver(model, mask, grid=grid, z=z, decode=False))[-1]
+        errors.append(float((last.z_s - exact).norm()))
+    order = np.log2(errors[0] / errors[1])
+    assert abs(order - (1 if first else 2)) < 0.3, order
+
+
+def test_dpm_solver_samples(trained):
+    _, model = trained
+    one, two = (sample(model, 2, sizes=[5, 9], steps=20, seed=s, sampler="dpm_solver") for s in (0, 0))
+    assert torch.equal(one.positions, two.positions)
+    assert torch.isfinite(one.positions).all()
