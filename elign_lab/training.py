@@ -6,8 +6,11 @@ killed run resumes to the same numbers, and any number of processes draws the sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +88,43 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) ->
     flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), "mean")
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+class StopRequest:
+    """Ctrl-C as a request: `requested` becomes True, and the loop stops where its state is whole. A second one raises.
+
+    Used as a context manager around a loop. The handler that was there before is called too, so that a caller that
+    counts interrupts still does. In a thread other than the main one signals do not arrive, and nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if callable(self._before):
+            with contextlib.suppress(KeyboardInterrupt):
+                self._before(number, frame)
+
+
+def any_process(accelerator: Accelerator, condition: bool) -> bool:
+    """Whether the condition holds in any process: all of them must stop at the same step."""
+    if accelerator.num_processes == 1:
+        return condition
+    flag = torch.tensor(float(condition), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def warmup_cosine(step: int, warmup: int, total: int, minimum: float) -> float:

@@ -37,6 +37,8 @@ from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import sample
 from elign_lab.training import (
     JsonLines,
+    StopRequest,
+    any_process,
     average_gradients,
     load_state,
     require_same_run,
@@ -108,23 +110,22 @@ class Trainer:
     def run(self, iterations: int | None = None, *, progress: bool = True) -> list[dict[str, float]]:
         """Run until `iterations` (default: the configuration's) are done; returns the metrics of each new one.
 
-        Ctrl-C stops after writing a checkpoint; running again continues with the same numbers.
+        Ctrl-C stops after the iteration, with a checkpoint; running again continues with the same numbers.
         """
         rows = []
         total = self.config.iterations if iterations is None else iterations
         show = progress and self.accelerator.is_main_process
         bar = tqdm(total=total, initial=self.iteration, desc="aligning", unit="it", disable=not show)
-        try:
+        with bar, StopRequest() as stop:
             for step in self.steps(total):
                 rows.append(step.metrics)
                 bar.update()
                 bar.set_postfix(force=f"{step.metrics['reward_force']:.3f}", kl=f"{step.metrics['kl']:.3f}")
-        except KeyboardInterrupt:
-            bar.write(f"interrupted after iteration {self.iteration}: run again to continue")
-        finally:
-            bar.close()
-            if self.iteration % self.config.checkpoint_every:
-                self.save()
+                if any_process(self.accelerator, stop.requested):
+                    bar.write(f"stopped after iteration {self.iteration}: run again to continue")
+                    break
+        if self.iteration % self.config.checkpoint_every:
+            self.save()
         return rows
 
     def steps(self, total: int) -> Iterator[Iteration]:

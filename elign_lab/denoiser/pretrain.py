@@ -20,6 +20,8 @@ from elign_lab.molecules import MoleculeBatch
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    StopRequest,
+    any_process,
     average_gradients,
     load_state,
     require_same_run,
@@ -125,7 +127,7 @@ def pretrain(
         total=config.steps, initial=step, desc="pretraining", disable=not (progress and accelerator.is_main_process)
     )
     started, before, total_loss, since = time.monotonic(), seconds, 0.0, 0
-    try:
+    with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
             for group in optimizer.param_groups:
@@ -150,22 +152,13 @@ def pretrain(
                 bar.set_postfix(loss=f"{mean_loss:.4f}")
             if step % config.checkpoint_every == 0:
                 checkpoint()
-            if max_seconds is not None and _any(accelerator, time.monotonic() - started > max_seconds):
+            late = max_seconds is not None and time.monotonic() - started > max_seconds
+            if any_process(accelerator, late or stop.requested):
+                bar.write(f"stopped at step {step}: run the same command again to continue")
                 break
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            tqdm.write(f"interrupted at step {step}: run the same command again to continue")
-    finally:
-        bar.close()
-        checkpoint()
+    checkpoint()
     ema.swap(parameters)
     return model.eval()
-
-
-def _any(accelerator: Accelerator, condition: bool) -> bool:
-    """Whether the condition holds in any process: all of them must stop at the same step."""
-    flag = torch.tensor(float(condition), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def _train_step(

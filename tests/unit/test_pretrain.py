@@ -1,5 +1,6 @@
 """Pretraining: it learns, resumes to the same numbers, and refuses to mix runs."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -36,11 +37,12 @@ def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch):
 
         def interrupted(model, batch, step, *args, stop=stop):
             if step == stop:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
             return original(model, batch, step, *args)
 
         monkeypatch.setattr(module, "_train_step", interrupted)
         pretrain(CONFIG, tmp_path / "rough", progress=False)
+        assert torch.load(tmp_path / "rough" / "checkpoint.pt", weights_only=True)["step"] == stop + 1
     monkeypatch.setattr(module, "_train_step", original)
     model = pretrain(CONFIG, tmp_path / "rough", progress=False)
     for name in ("quiet", "rough"):

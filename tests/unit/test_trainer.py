@@ -240,6 +240,27 @@ def test_resume_refuses_another_configuration(tmp_path):
     assert len(longer.run(progress=False)) == 1
 
 
+def test_ctrl_c_finishes_the_iteration(tmp_path):
+    """One SIGINT: the iteration in progress is finished and kept; a second one stops at once."""
+
+    class Interrupting(SpringOracle):
+        signals = 1
+
+        def _compute(self, molecules):
+            for _ in range(self.signals):
+                signal.raise_signal(signal.SIGINT)
+            return super()._compute(molecules)
+
+    trainer = Trainer(make(), Interrupting(), replace(CONFIG, checkpoint_every=100), out=tmp_path)
+    assert len(trainer.run(progress=False)) == 1
+    assert Trainer(make(), SpringOracle(), replace(CONFIG, checkpoint_every=100), out=tmp_path).iteration == 1
+    impatient = Interrupting()
+    impatient.signals = 2
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(make(), impatient, CONFIG).run(progress=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_align_leaves_the_base_model_alone():
     base = make()
     before = [p.clone() for p in base.parameters()]

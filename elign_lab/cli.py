@@ -1,0 +1,475 @@
+"""The command line `elign-lab`: each command parses, calls one function of the package, and prints.
+
+Results go to standard output, progress and messages to standard error; with --json standard output is JSON only. Exit
+status: 0 done, 1 something is broken (doctor), 2 wrong input, 130 interrupted. torch is imported inside the commands,
+so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elign_lab.overrides import override
+
+if TYPE_CHECKING:
+    from elign_lab.evaluation import Evaluation
+    from elign_lab.molecules import MoleculeBatch
+    from elign_lab.oracles import Oracle
+
+Command = Callable[[argparse.Namespace], int]
+
+ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    interrupts: list[int] = []
+    restore = _on_interrupt(interrupts)
+    try:
+        status = arguments.run(arguments)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"elign-lab: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ERROR
+    finally:
+        restore()
+    # training loops catch the interrupt, write a checkpoint and return
+    if interrupts or status == INTERRUPTED:
+        print(f"elign-lab: interrupted; {arguments.resume}", file=sys.stderr)
+        return INTERRUPTED
+    return status
+
+
+def _on_interrupt(seen: list[int]) -> Callable[[], object]:
+    """Note each Ctrl-C in `seen` before it becomes KeyboardInterrupt; returns what undoes it."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def handler(number: int, _: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    return lambda: signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------- arguments
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elign-lab", description="Align molecular diffusion models to physics (Elign, FED-GRPO)."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.set_defaults(run=_version_or_help(parser), debug=False, resume="run the same command again")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    _add_inspection(commands)
+    _add_training(commands)
+    _add_judging(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Command, text: str, resume: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, resume=resume or "nothing was kept: run the same command again")
+    return parser
+
+
+def _add_inspection(commands: Any) -> None:
+    p = _command(commands, "doctor", _doctor, "say what is installed, what works, and what to do about each problem")
+    _add_json(p)
+    p = _command(commands, "models", _models, "list the bundled models")
+    _add_json(p)
+    p = _command(commands, "start", _start, "copy the notebooks to a folder of your own; existing files are kept")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p = _command(
+        commands,
+        "demo",
+        _demo,
+        "sample, align, sample again with the same seeds, and write a report",
+        resume="run `elign-lab demo` again: the alignment continues, and finished iterations are not repeated",
+    )
+    p.add_argument("--model", default="edm-mini", help="the base model (default: %(default)s)")
+    p.add_argument("--oracle", default="learned", help="oracle of the rewards (default: %(default)s)")
+    _add_out(p, "folder of the report", Path("demo"))
+    p = _command(commands, "bench", _bench, "measure the speed of the denoiser on this machine")
+    p.add_argument("subject", choices=["denoiser"])
+    p.add_argument(
+        "--repeats", type=_positive, default=7, help="repetitions of each measurement (default: %(default)s)"
+    )
+    p.add_argument("--out", type=Path, help="also write the result to this JSON file")
+    _add_json(p)
+
+
+def _add_training(commands: Any) -> None:
+    again = "run the same command again to continue from the last checkpoint"
+    p = _command(commands, "pretrain", _pretrain, "train a base model, or continue its training", again)
+    p.add_argument("--preset", default="edm_mini", help="edm_mini or edm_qm9 (default: %(default)s)")
+    _add_out(p, "folder of the run; an existing run is continued")
+    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
+    p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
+    p.add_argument("--dataset", help="bundled, qm9 or geom")
+    p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
+    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    _add_set(p, "PretrainConfig, for example model.features=32")
+
+    p = _command(commands, "align", _align, "align a model with an oracle by FED-GRPO, or continue", again)
+    _add_model(p)
+    _add_oracle(p)
+    p.add_argument("--preset", default="cpu_mini", help="cpu_mini, qm9_paper or geom_paper (default: %(default)s)")
+    _add_out(p, "folder of the run; an existing run is continued")
+    p.add_argument("--iterations", type=_positive, help="rollout and update iterations of the whole run")
+    p.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
+    _add_set(p, "AlignConfig, for example kl_weight=0.01")
+
+    p = _command(commands, "fit-oracle", _fit_oracle, "train a learned oracle from the labels of another one", again)
+    _add_oracle(p)
+    p.add_argument(
+        "--model", action="append", default=[], help="label its samples and clean estimates too; may be repeated"
+    )
+    p.add_argument("--improve", metavar="FILE", help="a learned oracle whose way downhill is labelled too")
+    _add_out(p, "folder of the run and of the labels; an existing run is continued")
+    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
+    p.add_argument("--max-minutes", type=float, help="stop the training with a checkpoint after this time")
+    p.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of LabelPlan, for example thermal=500",
+    )
+    _add_set(p, "FitConfig, for example network.features=32")
+
+
+def _add_judging(commands: Any) -> None:
+    p = _command(commands, "sample", _sample, "generate molecules", "the finished batches were written")
+    _add_model(p)
+    _add_sampling(p)
+    p.add_argument("--sizes", type=_integers, help="atoms of each molecule: one number for all, or n, as in 9,12")
+    p.add_argument("--sampler", default="ancestral", help="name of the sampler (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="file.xyz, file.sdf or file.npz (default: xyz to standard output)")
+
+    p = _command(commands, "evaluate", _evaluate, "sample molecules and judge them")
+    _add_model(p)
+    _add_sampling(p)
+    _add_oracle(p)
+    _add_json(p)
+
+    p = _command(commands, "report", _report, "compare two models on the same seeds in one self-contained HTML file")
+    p.add_argument("base", help="the model before alignment")
+    p.add_argument("aligned", help="the model after alignment")
+    _add_sampling(p)
+    _add_oracle(p)
+    p.add_argument("--history", type=Path, help="log.jsonl of the alignment, for the learning curves")
+    _add_out(p, "the HTML file", Path("report.html"))
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a bundled model's name, a .safetensors file, or a folder in the public EDM format",
+    )
+
+
+def _add_oracle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--oracle", default="xtb", help="learned, xtb, dft, ani or uma (default: %(default)s)")
+    parser.add_argument(
+        "--oracle-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the oracle, for example method=GFN1-xTB; may be repeated",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_positive, default=64, help="number of molecules (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, help="reverse steps (default: all of the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sizes and noise (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
+
+
+def _add_out(parser: argparse.ArgumentParser, text: str, default: Path | None = None) -> None:
+    shown = f"{text} (default: {default})" if default else text
+    parser.add_argument("--out", type=Path, required=default is None, default=default, help=shown)
+
+
+def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help=f"a field of {text}; may be repeated"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return value
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+# ---------------------------------------------------------------------- commands
+def _version_or_help(parser: argparse.ArgumentParser) -> Command:
+    def run(arguments: argparse.Namespace) -> int:
+        if arguments.version:
+            from elign_lab import __version__
+
+            print(f"elign_lab {__version__}")
+            return 0
+        parser.print_help()
+        return 0
+
+    return run
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from elign_lab.doctor import examine
+
+    report = examine()
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.text())
+    return 0 if report.ok else 1
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from elign_lab.checkpoints import bundled_models
+
+    passports = bundled_models()
+    if arguments.json:
+        print(json.dumps(passports, indent=2))
+        return 0
+    for p in passports:
+        about = p.get("description") or p.get("method", "")
+        print(f"{p['name']:20s} {p.get('kind', 'denoiser'):14s} {p['bytes'] / 1e6:6.2f} MB  {about}")
+    return 0
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    package = Path(__file__).parent
+    source = next((f for f in (package / "_notebooks", package.parent / "notebooks") if f.is_dir()), None)
+    if source is None:
+        raise FileNotFoundError("the notebooks are not installed: reinstall elign-lab, or work in a checkout")
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_dir() or any(part.startswith((".", "__")) for part in relative.parts):
+            continue
+        target = arguments.folder / relative
+        if target.exists():
+            print(f"kept      {target}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        print(f"copied    {target}")
+    print(f"now run: jupyter lab {arguments.folder}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from elign_lab.demo import DemoConfig, run_demo
+
+    result = run_demo(arguments.out, DemoConfig(model=arguments.model, preference=arguments.oracle))
+    print(result.text())
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from elign_lab.benchmarks import bench_denoiser, denoiser_text
+
+    result = bench_denoiser(repeats=arguments.repeats)
+    if arguments.out is not None:
+        _write_json(arguments.out, result)
+    print(json.dumps(result, indent=2) if arguments.json else denoiser_text(result))
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from elign_lab.denoiser.pretrain import PRESETS, pretrain
+
+    config = _preset(PRESETS, arguments.preset)
+    flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
+    config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
+    config = override(config, arguments.set)
+    pretrain(config, arguments.out, max_seconds=_seconds(arguments.max_minutes))
+    _print_run(arguments.out)
+    return 0
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from elign_lab.alignment import PRESETS, OracleFailureError, align
+
+    config = _preset(PRESETS, arguments.preset)
+    if arguments.iterations is not None:
+        config = override(config, [f"iterations={arguments.iterations}"])
+    config = override(config, arguments.set)
+    with _oracle(arguments) as oracle:
+        try:
+            align(_model(arguments.model, arguments.device), oracle, config, out=arguments.out)
+        except OracleFailureError as error:
+            raise ValueError(str(error)) from error
+    _print_run(arguments.out)
+    return 0
+
+
+def _fit_oracle(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from elign_lab.oracles import load_oracle
+    from elign_lab.oracles.fit import FitConfig, fit_oracle
+    from elign_lab.oracles.labels import LabelPlan, make_labels
+
+    config = FitConfig() if arguments.steps is None else override(FitConfig(), [f"steps={arguments.steps}"])
+    config = override(config, arguments.set)
+    plan = override(LabelPlan(), arguments.plan)
+    models = [_model(name, "cpu") for name in arguments.model]
+    improve = None if arguments.improve is None else load_oracle("learned", model=arguments.improve)
+    # the first of several processes makes the labels, the others read them
+    with _oracle(arguments) as oracle, PartialState().main_process_first():
+        labels = make_labels(oracle, arguments.out / "labels", plan=plan, models=models, improve=improve)
+        atom_energies = {z: oracle.atom_energies[z] for z in config.elements}
+    seconds = _seconds(arguments.max_minutes)
+    fit_oracle(config, labels, arguments.out, atom_energies=atom_energies, max_seconds=seconds)
+    _print_run(arguments.out)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from elign_lab.sampling import sample
+
+    _check_suffix(arguments.out)
+    n, sizes = arguments.n, arguments.sizes
+    if sizes is not None and len(sizes) == 1:
+        sizes = sizes * n
+    molecules = sample(
+        _model(arguments.model, arguments.device),
+        n,
+        sizes=sizes,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        progress=True,
+    )
+    if arguments.out is None:
+        print(molecules.to_xyz(), end="")
+        return 0
+    _write_molecules(molecules, arguments.out)
+    print(f"{len(molecules)} molecules: {arguments.out}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    evaluation, _ = _sample_and_evaluate(arguments.model, arguments)
+    if not arguments.json:
+        print(evaluation.table())
+        return 0
+    names = {name: getattr(arguments, name) for name in ("seed", "model", "oracle", "steps")}
+    print(json.dumps({**evaluation.to_dict(), **names}, indent=2))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from elign_lab.evaluation import compare, write_html
+    from elign_lab.training import read_json_lines
+
+    history = None if arguments.history is None else read_json_lines(arguments.history)
+    base, base_molecules = _sample_and_evaluate(arguments.base, arguments)
+    aligned, aligned_molecules = _sample_and_evaluate(arguments.aligned, arguments)
+    write_html(arguments.out, base, aligned, base_molecules, aligned_molecules, history)
+    print(compare(base, aligned).table())
+    print(f"report: {arguments.out}")
+    return 0
+
+
+# ---------------------------------------------------------------------- helpers
+def _preset(presets: dict[str, Callable[[], Any]], name: str) -> Any:
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(presets)}")
+    return presets[name]()
+
+
+def _model(name: str, device: str | None) -> Any:
+    import torch
+
+    from elign_lab.checkpoints import load_model
+
+    return load_model(name, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _oracle(arguments: argparse.Namespace) -> Oracle:
+    import ast
+
+    from elign_lab.oracles import load_oracle
+
+    options = {}
+    for assignment in arguments.oracle_option:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"--oracle-option {assignment!r}: expected KEY=VALUE")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return load_oracle(arguments.oracle, **options)
+
+
+def _sample_and_evaluate(model: str, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:
+    from elign_lab.evaluation import evaluate
+    from elign_lab.sampling import sample
+
+    denoiser = _model(model, arguments.device)
+    molecules = sample(denoiser, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
+    if len(molecules) < arguments.n:  # an interrupted sample is not what was asked for
+        raise KeyboardInterrupt
+    with _oracle(arguments) as oracle:
+        return evaluate(molecules, oracle, seed=arguments.seed), molecules
+
+
+def _check_suffix(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".xyz", ".sdf", ".npz"):
+        raise ValueError(f"--out {path}: expected a file that ends in .xyz, .sdf or .npz")
+
+
+def _write_molecules(molecules: MoleculeBatch, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".xyz":
+        molecules.to_xyz(path)
+    elif path.suffix == ".sdf":
+        molecules.to_sdf(path)
+    else:
+        import numpy as np
+
+        arrays = {name: getattr(molecules, name).numpy() for name in ("numbers", "positions", "mask")}
+        np.savez_compressed(path, **arrays)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _seconds(minutes: float | None) -> float | None:
+    return None if minutes is None else 60 * minutes
+
+
+def _print_run(folder: Path) -> None:
+    """Say where a training run is, in the first of several processes only (torchrun and accelerate set RANK)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {folder / 'model.safetensors'}\nlog:   {folder / 'log.jsonl'}")

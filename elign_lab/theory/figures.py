@@ -1,0 +1,222 @@
+"""Plotly figures of the theory notebooks. Every function is pure: numbers in, a figure out; sliders call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+from scipy.stats import chi2
+
+from elign_lab.theory import error_bound, force, score, shaping
+from elign_lab.theory.alchemical import AlchemicalCosines
+from elign_lab.theory.points import GridLaws
+from elign_lab.theory.tilt import DoubleWell, tilted
+
+FloatArray = NDArray[np.floating]
+COLORS = {"base": "#8a93a3", "tilt": "#d1495b", "aligned": "#2e86ab", "energy": "#3c3c3c", "other": "#e0a030"}
+
+
+def _figure(x: str, y: str, title: str = "", height: int = 340) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        title=title,
+        xaxis_title=x,
+        yaxis_title=y,
+        height=height,
+        template="plotly_white",
+        margin={"l": 60, "r": 20, "t": 50 if title else 20, "b": 50},
+        legend={"orientation": "h", "y": 1.12},
+    )
+    return figure
+
+
+def _line(figure: go.Figure, x: FloatArray, y: FloatArray, name: str, color: str, **options: object) -> None:
+    x, y = np.round(np.asarray(x, dtype=float), 4), np.asarray(y, dtype=float)
+    figure.add_trace(go.Scatter(x=x, y=[float(f"{v:.4g}") for v in y], name=name, line={"color": color, **options}))
+
+
+def tilt_figure(beta: float, slope: float = 0.5, right_weight: float = 0.7) -> go.Figure:
+    """Base law, energy and theorem 1's tilt on a double well."""
+    well = DoubleWell(slope=slope, right_weight=right_weight, points=201)
+    step = well.grid[1] - well.grid[0]
+    left = float(well.aligned(beta)[well.grid < 0].sum())
+    title = f"beta = {beta:g}: {100 * left:.0f} % in the left well"
+    figure = _figure("x", "density; energy / 10", title)
+    _line(
+        figure, well.grid, np.clip(well.energy(well.grid) / 10, None, 1.0), "energy / 10", COLORS["energy"], dash="dot"
+    )
+    _line(figure, well.grid, well.base() / step, "base q0", COLORS["base"])
+    _line(figure, well.grid, well.aligned(beta) / step, "tilt q*", COLORS["tilt"])
+    figure.update_xaxes(range=[-2.5, 2.5])
+    return figure
+
+
+def bound_figure(eps: float, beta_max: float = 10.0) -> go.Figure:
+    """Bounds of theorem 2 against beta for one eps, and the total variation of a sine error on a double well."""
+    betas = np.linspace(0.01, beta_max, 60)
+    well = DoubleWell(points=801)
+    wrong = well.energy(well.grid) - eps * np.sin(-1.5 * well.grid)
+    actual = [error_bound.total_variation(well.aligned(b), tilted(well.base(), wrong, b)) for b in betas]
+    figure = _figure("beta (1/eV)", "total variation", f"eps = {eps:g} eV")
+    _line(figure, betas, np.tanh(betas * eps), "theorem 2, tanh(beta eps)", COLORS["tilt"])
+    _line(figure, betas, np.tanh(betas * eps / 2), "best constant, tanh(beta eps / 2)", COLORS["other"])
+    _line(figure, betas, betas * eps, "linear, beta eps", COLORS["base"], dash="dot")
+    _line(figure, betas, np.array(actual), "double well, sine error", COLORS["aligned"])
+    figure.update_yaxes(range=[0, 1.05])
+    return figure
+
+
+def laws_figure(
+    laws: GridLaws, samples: FloatArray | None = None, name: str = "aligned model", x: str = "x"
+) -> go.Figure:
+    """Base law, theorem 1's tilt, the best Gaussian policy and FED-GRPO's fixed point, with a histogram of samples."""
+    step = laws.x[1] - laws.x[0]
+    thin = slice(None, None, 4)
+    figure = _figure(x, "density")
+    if samples is not None:
+        counts, edges = np.histogram(samples, bins=60, range=(-3, 3), density=True)
+        centres = (edges[:-1] + edges[1:]) / 2
+        figure.add_trace(go.Bar(x=centres.round(3), y=counts.round(3), name=name, marker_color="#b9d6e4"))
+    for label, law, color, dash in (
+        ("base", laws.base, COLORS["base"], "solid"),
+        ("theorem 1", laws.tilt, COLORS["tilt"], "solid"),
+        ("best Gaussian policy, path KL", laws.path_kl, COLORS["aligned"], "dash"),
+        ("fixed point, KL of visited states", laws.state_kl, COLORS["other"], "dot"),
+    ):
+        _line(figure, laws.x[thin], law[thin] / step, label, color, dash=dash)
+    figure.update_xaxes(range=[-3, 3])
+    return figure
+
+
+def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int = 30) -> go.Figure:
+    """Histograms of point clouds (n, 2), or of (points, weights) pairs, side by side on one scale."""
+    figure = make_subplots(cols=len(clouds), subplot_titles=list(clouds), shared_yaxes=True, horizontal_spacing=0.03)
+    edges = np.linspace(-reach, reach, bins + 1)
+    centres = ((edges[:-1] + edges[1:]) / 2).round(3)
+    for k, cloud in enumerate(clouds.values(), start=1):
+        points, weights = cloud if isinstance(cloud, tuple) else (cloud, None)
+        density = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights, density=True)[0]
+        figure.add_trace(go.Heatmap(x=centres, y=centres, z=density.T.round(4), coloraxis="coloraxis"), 1, k)
+        figure.update_xaxes(title_text="x1", row=1, col=k)
+    figure.update_yaxes(title_text="x2", row=1, col=1)
+    figure.update_layout(height=330, coloraxis={"colorscale": "Viridis", "cmin": 0}, template="plotly_white")
+    return figure
+
+
+def diffusion_figure(time: float) -> go.Figure:
+    """Exact marginal of the Ornstein-Uhlenbeck process at `time`, and its score."""
+    x = np.linspace(-3.5, 3.5, 161)
+    law = score.marginal(score.TWO_WELLS, time)
+    at = torch.from_numpy(x).unsqueeze(1)
+    figure = _figure("x", "density; score / 20", f"t = {time:g}")
+    _line(figure, x, law.log_prob(at).exp().numpy(), "density p_t", COLORS["aligned"])
+    _line(figure, x, law.score(at)[:, 0].numpy() / 20, "score / 20", COLORS["tilt"])
+    _line(figure, x, np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi), "N(0, 1)", COLORS["base"], dash="dot")
+    figure.update_yaxes(range=[-0.6, 1.1])
+    return figure
+
+
+def return_figure(potential: FloatArray, terminal: FloatArray, gamma: float) -> go.Figure:
+    """Shaped return-to-go of rollouts, gamma^t Phi(s_0) - Phi(s_t); potential (B, S), terminal (B,)."""
+    returns = shaping.return_to_go(torch.as_tensor(potential), torch.as_tensor(terminal), gamma).numpy()
+    figure = _figure("reverse step", "return-to-go (eV)", f"gamma = {gamma:g}")
+    for k, row in enumerate(returns):
+        _line(figure, np.arange(len(row)), row, f"rollout {k}", COLORS["aligned"] if k else COLORS["tilt"])
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.7) -> go.Figure:
+    """A reverse kernel on a double well, its exponential tilt, and theorem 5's mean."""
+    x = np.linspace(-2, 2, 241)
+    base = np.exp(-0.5 * ((x - mu) / sigma) ** 2)
+    tilt = base * np.exp(beta * gamma * (force.smooth_potential(x) - force.smooth_potential(np.array(mu))))
+    slope = -4 * mu * (mu**2 - 1)
+    predicted = float(force.force_step(np.array(mu), np.array(slope), sigma, beta, gamma))
+    exact = force.tilt_mean_1d(force.smooth_potential, mu, sigma, beta * gamma)
+    title = f"mean of the tilt {exact:.3f}, theorem 5 {predicted:.3f}"
+    figure = _figure("z'", "density (relative)", title)
+    _line(figure, x, -force.smooth_potential(x) / 5, "energy / 5", COLORS["energy"], dash="dot")
+    _line(figure, x, base / base.max(), "base kernel", COLORS["base"])
+    _line(figure, x, tilt / tilt.max(), "tilted kernel", COLORS["tilt"])
+    figure.add_vline(x=predicted, line_color=COLORS["aligned"], annotation_text="mu + beta gamma sigma^2 grad Phi")
+    figure.update_yaxes(range=[0, 1.1])
+    return figure
+
+
+def order_figure(sigmas: Sequence[float], remainders: Mapping[str, FloatArray]) -> go.Figure:
+    """Remainder of theorem 5 against sigma, both on logarithmic axes; the slope of each line is its order."""
+    figure = _figure("sigma", "|mean - expansion|")
+    colors = [COLORS["aligned"], COLORS["tilt"], COLORS["other"]]
+    for (label, values), color in zip(remainders.items(), colors, strict=False):
+        order = np.polyfit(np.log(sigmas), np.log(values), 1)[0]
+        _line(figure, np.asarray(sigmas), values, f"{label}: slope {order:.2f}", color)
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def step_figure(step: force.TiltedStep, x: str) -> go.Figure:
+    """Displacement of a tilted kernel over theorem 5's prediction, against sigma, with error bars of two errors."""
+    figure = _figure(x, "displacement / (beta gamma sigma^2 |f|)")
+    for label, values, errors, color in (
+        ("measured", step.measured, step.measured_error, COLORS["base"]),
+        ("by Stein's identity", step.by_stein, step.by_stein_error, COLORS["aligned"]),
+    ):
+        bars = {"type": "data", "array": (2 * errors).round(4)}
+        figure.add_trace(
+            go.Scatter(x=step.sigmas, y=values.round(4), error_y=bars, name=label, mode="markers", marker_color=color)
+        )
+    figure.add_hline(y=1, line_dash="dot", annotation_text="theorem 5, sigma to 0")
+    return figure
+
+
+def cosine_figure(found: AlchemicalCosines) -> go.Figure:
+    """Histogram of the cosines over states and molecules, with the random-direction control (paper Figure 10)."""
+    figure = _figure("cos(f_alch, f)", "share of the states")
+    for label, values, color in (
+        ("alchemical force", found.cosine, COLORS["tilt"]),
+        ("random direction", found.control, COLORS["base"]),
+    ):
+        kept = values[values.isfinite()].numpy()
+        counts, edges = np.histogram(kept, bins=40, range=(-1, 1))
+        centres = ((edges[:-1] + edges[1:]) / 2).round(3)
+        figure.add_trace(go.Bar(x=centres, y=(counts / len(kept)).round(4), name=label, marker_color=color))
+    figure.update_layout(barmode="overlay")
+    figure.update_traces(opacity=0.75)
+    return figure
+
+
+def cosine_by_time_figure(found: AlchemicalCosines) -> go.Figure:
+    """Mean cosine against t with two standard errors."""
+    mean, error = (v.numpy() for v in found.mean_by_time())
+    figure = _figure("t", "mean cosine")
+    bars = {"type": "data", "array": (2 * error).round(4)}
+    figure.add_trace(
+        go.Scatter(x=found.times.numpy(), y=mean.round(4), error_y=bars, mode="markers", marker_color=COLORS["tilt"])
+    )
+    figure.update_yaxes(range=[-1, 1])
+    return figure
+
+
+def noise_norm_figure(atoms: int, n: int = 4000) -> go.Figure:
+    """Squared norm of position noise, projected and not, with chi-square densities of 3(N - 1) and 3 N dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(n, atoms, 3, generator=generator)
+    centred = raw - raw.mean(1, keepdim=True)
+    figure = _figure("|xi|^2", "density", f"{atoms} atoms")
+    grid = np.linspace(0, 9 * atoms, 120)
+    for label, noise, dims, color in (
+        ("projected", centred, 3 * (atoms - 1), COLORS["aligned"]),
+        ("not projected", raw, 3 * atoms, COLORS["base"]),
+    ):
+        counts, edges = np.histogram(noise.square().sum((1, 2)).numpy(), bins=50, range=(0, 9 * atoms), density=True)
+        centres = ((edges[:-1] + edges[1:]) / 2).round(3)
+        figure.add_trace(go.Bar(x=centres, y=counts.round(4), name=label, marker_color=color, opacity=0.5))
+        _line(figure, grid, chi2.pdf(grid, dims), f"chi-square, {dims} dimensions", color)
+    figure.update_layout(barmode="overlay")
+    return figure

@@ -1,0 +1,314 @@
+"""Every statement of the theory holds within 3 standard errors, and every broken variant fails by more than 5."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from elign_lab.alignment import AlignConfig, Trainer, rollout
+from elign_lab.checkpoints import load_model
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.oracles import load_oracle
+from elign_lab.theory import (
+    STATEMENTS,
+    Check,
+    conformers,
+    error_bound,
+    figures,
+    force,
+    points,
+    shaping,
+    statement,
+    tilt,
+)
+from elign_lab.theory.alchemical import alchemical_cosines
+from elign_lab.theory.check import mean_check
+from elign_lab.theory.mixture import GaussianMixture
+from elign_lab.theory.springs import PairSprings
+from elign_lab.theory.symmetry import perturbed, small_denoiser, subspace_basis
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small matrices: threads that wait for each other cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------- the registry
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_statement_holds(name):
+    check = STATEMENTS[name].check()
+    assert check.holds, f"{name}: {check}"
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_broken_variant_fails(name):
+    check = STATEMENTS[name].broken()
+    assert check.fails, f"{name}, {STATEMENTS[name].mistake}: {check}"
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_statement_is_shown_in_its_notebook(name):
+    entry = STATEMENTS[name]
+    cells = nbformat.read(NOTEBOOKS / entry.notebook, as_version=4).cells
+    tagged = [c for c in cells if entry.cell in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{entry.notebook} has {len(tagged)} cells with the tag {entry.cell!r}"
+    assert name in tagged[0].source
+    assert tagged[0].outputs, f"the cell {entry.cell!r} has no output"
+
+
+def test_statements_are_documented():
+    for name, entry in STATEMENTS.items():
+        assert all((entry.text, entry.source, entry.mistake)), name
+    assert len({s.cell for s in STATEMENTS.values()}) == len(STATEMENTS)
+    with pytest.raises(ValueError, match="unknown statement 'nonsense'"):
+        statement("nonsense")
+
+
+# ---------------------------------------------------------------------- Check
+def test_check_margin_and_verdicts():
+    assert Check(1.2, 1.0, 0.1).margin == pytest.approx(2)
+    assert Check(1.2, 1.0, 0.1).holds
+    assert Check(1.6, 1.0, 0.1).fails
+    between = Check(1.4, 1.0, 0.1)
+    assert not between.holds
+    assert not between.fails
+    assert Check(0.0, 1.0, 0.01, "<=").holds
+    assert Check(2.0, 1.0, 0.01, "<=").fails
+    assert not Check(math.nan, 1.0, 0.1).holds
+    with pytest.raises(ValueError, match="must be positive"):
+        Check(1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="two samples"):
+        mean_check(np.ones(1), 1.0)
+
+
+# ---------------------------------------------------------------------- theorem 1
+def test_tilt_refuses_what_is_no_distribution():
+    with pytest.raises(ValueError, match="sum to 1"):
+        tilt.tilted(np.array([0.5, 0.6]), np.zeros(2), 1.0)
+    with pytest.raises(ValueError, match="energy has shape"):
+        tilt.tilted(np.array([0.5, 0.5]), np.zeros(3), 1.0)
+
+
+def test_tilt_keeps_the_support_of_the_base():
+    q = tilt.tilted(np.array([0.5, 0.5, 0.0]), np.array([0.0, 0.0, -100.0]), 5.0)
+    assert q[2] == 0
+    assert tilt.objective(np.array([0.4, 0.4, 0.2]), np.array([0.5, 0.5, 0.0]), np.zeros(3), 1.0) == -math.inf
+
+
+def test_no_law_beats_the_tilt():
+    rng = np.random.default_rng(0)
+    q0, energy = rng.dirichlet(np.ones(6)), rng.normal(size=6)
+    best = tilt.optimum(q0, energy, 2.0)
+    values = [tilt.objective(rng.dirichlet(np.ones(6)), q0, energy, 2.0) for _ in range(500)]
+    assert max(values) < best
+
+
+def test_point_denoiser_is_exact_before_training():
+    """The base policy's noise prediction is the mixture's score, in two dimensions too."""
+    mixture = GaussianMixture.of((0.4, (-1.0, 0.5), 0.3), (0.6, (1.0, 0.0), 0.5))
+    model = points.PointDenoiser(mixture)
+    h = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    z = torch.nn.functional.pad(h, (3, 0)).unsqueeze(1)
+    for t in (1, 8, 16):
+        alpha, sigma = model.schedule.alpha_sigma(t)
+        (score,) = torch.autograd.grad(mixture.noised(alpha, sigma).log_prob(h).sum(), h, retain_graph=True)
+        eps = model.eps(z, torch.full((50,), t), torch.ones(50, 1, dtype=torch.bool))
+        assert torch.allclose(eps[:, 0, 3:], -sigma * score)
+        assert torch.all(eps[..., :3] == 0)
+
+
+def test_aligned_mass_follows_beta():
+    """The mass of the lower well grows with beta, as the grid's best policy says (three values of beta)."""
+    model = points.PointDenoiser(points.WELLS)
+    for beta in (0.5, 1.0, 2.0):
+        laws = points.grid_laws(model, points.well_energy, beta)
+        z = points.aligned_wells(beta).terminal(4000, seed=2)[:, 0]
+        expected = float(laws.path_kl[laws.x < 0].sum())
+        check = mean_check((z < 0).double().numpy(), expected)
+        assert abs(check.left - expected) < 0.03, f"beta {beta}: {check}"
+
+
+def test_grid_base_law_is_that_of_the_sampler():
+    model = points.PointDenoiser(points.WELLS)
+    laws = points.grid_laws(model, points.well_energy, 1.0)
+    for law in (laws.base, laws.tilt, laws.path_kl, laws.state_kl):
+        assert law.sum() == pytest.approx(1)
+    z = model.terminal(8000, seed=3)[:, 0].numpy()
+    assert mean_check(np.cos(1.5 * z), float(laws.base @ np.cos(1.5 * laws.x))).holds
+
+
+def test_effective_beta_depends_on_the_spread_of_a_group_above_the_floor():
+    config = points.point_config(2.0, iterations=10, members=64)
+    assert points.effective_beta(config, spread=1.0) == pytest.approx(2.0)
+    paper = AlignConfig()
+    assert points.effective_beta(paper, 0.2) == pytest.approx(points.effective_beta(paper, 0.1) / 2)
+    assert points.effective_beta(paper, 0.0) == pytest.approx(0.05 * 5 / 6 / (0.08 * 1e-3))
+    with pytest.raises(ValueError, match="beta must be positive"):
+        points.point_config(0.0, iterations=1)
+
+
+def test_path_kl_is_zero_for_the_reference_and_positive_after_a_change():
+    model = points.PointDenoiser(points.WELLS)
+    rollouts = rollout(model, [1], 16, seed=0, shared_prefix=False)
+    assert float(points.path_kl(model, rollouts).abs().max()) == 0
+    other = points.PointDenoiser(points.WELLS)
+    torch.nn.init.constant_(other.network.weight, 0.3)
+    assert float(points.path_kl(other, rollouts).min()) > 0
+
+
+def test_plain_and_path_trainer_differ_only_in_the_return():
+    config = points.point_config(1.0, iterations=2, members=32)
+    oracle = points.PointOracle(points.well_energy, 1)
+    path = points.PathKLTrainer(points.PointDenoiser(points.WELLS), oracle, config)
+    rollouts = path.roll_out(0)
+    # at the first iteration policy and reference agree, so that the KL of the later steps is zero
+    assert torch.equal(path.judge(rollouts).return_to_go, Trainer.judge(path, rollouts).return_to_go)
+    assert isinstance(path.config, AlignConfig)
+
+
+# ---------------------------------------------------------------------- conformers
+def test_butane_torsion_energy_is_that_of_the_oracle():
+    with load_oracle("xtb", workers=0) as oracle:
+        energy = conformers.torsion_energy(*conformers.BUTANE, oracle, points=13)
+    at = lambda degrees: float(energy(torch.tensor([[(degrees - 180) / 60]], dtype=torch.float64)))  # noqa: E731
+    assert energy.fit_error < 5e-3
+    # anti is the minimum, gauche about 0.03 eV above it, syn the highest (GFN2-xTB)
+    assert at(180) < at(65) < at(120) < at(0)
+    assert 0.01 < at(65) - at(180) < 0.06
+
+
+def test_torsion_input_is_checked():
+    with pytest.raises(ValueError, match="no torsion"):
+        conformers.torsion_samples("CCCC", (0, 2, 1, 3), 4)
+    with pytest.raises(ValueError, match="temperature"):
+        conformers.inverse_temperature(0)
+    assert conformers.inverse_temperature(300) == pytest.approx(38.68, abs=0.01)
+
+
+# ---------------------------------------------------------------------- theorem 2
+def test_bounds_and_their_inverse():
+    assert error_bound.paper_bound(2.0, 0.1) == pytest.approx(math.tanh(0.2))
+    assert error_bound.paper_bound(error_bound.beta_for(0.3, 0.05), 0.05) == pytest.approx(0.3)
+    assert error_bound.half_spread(np.array([5.0, 5.4])) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="finite energy"):
+        error_bound.half_spread(np.array([1.0, np.nan]))
+
+
+def test_no_error_of_the_energy_exceeds_the_sharp_bound():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        q0, beta, eps = rng.dirichlet(np.full(4, 0.5)), rng.uniform(0.1, 4), rng.uniform(0.01, 1)
+        wrong = eps * rng.choice([-1.0, 1.0], size=4)
+        tv = error_bound.total_variation(q0, tilt.tilted(q0, wrong, beta))
+        assert tv <= error_bound.sharp_bound(beta, eps) + 1e-12
+
+
+def test_real_energy_errors_of_two_xtb_methods():
+    molecules = MoleculeBatch.from_smiles(["CCO", "CC=O", "C1CC1", "CN"])
+    with load_oracle("xtb", workers=0) as second, load_oracle("xtb", method="GFN1-xTB", workers=0) as first:
+        difference = error_bound.energy_difference(first, second, molecules)
+    assert difference.shape == (4,)
+    assert 0 < error_bound.half_spread(difference) < 0.5
+
+
+# ---------------------------------------------------------------------- PBRS
+def test_shaped_values_are_shifted_by_the_potential():
+    """Ng et al.: Q*_shaped(s, a) = Q*(s, a) - Phi(s)."""
+    mdp = shaping.TabularMDP.random(seed=5)
+    potential = np.linspace(-2, 2, len(mdp.rewards))
+    assert np.allclose(mdp.shaped(potential).optimal_values(), mdp.optimal_values() - potential[:, None], atol=1e-9)
+
+
+def test_telescoping_on_rollouts_of_the_bundled_model_judged_by_xtb():
+    try:
+        model = load_model("edm-mini")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with load_oracle("xtb", workers=0) as oracle:
+        rollouts = rollout(model.double(), [7], 4, steps=20, skip_prefix=14, seed=0)
+        assert shaping.telescoping_gap(model, oracle, rollouts, gamma=0.9) < 1e-8
+
+
+def test_shaping_changes_the_variance_of_the_gradient():
+    samples = shaping.gradient_samples(1500, 0)
+    assert samples.shaped.var(0).sum() != pytest.approx(samples.terminal.var(0).sum(), rel=0.05)
+    assert samples.oracle_calls == (1, 1 + points.TIMESTEPS)
+
+
+# ---------------------------------------------------------------------- theorem 5 and F.1
+def test_position_step_reports_a_failed_geometry():
+    with pytest.raises(ValueError, match=r"under the limit of .*; use a smaller sigma"):
+        force.position_step(force.WATER, load_oracle("xtb", workers=0, min_distance=1.2), [0.01], beta=1.0)
+    two = MoleculeBatch.from_smiles(["C", "O"])
+    with pytest.raises(ValueError, match="one molecule"):
+        force.position_step(two, PairSprings(), [0.01], beta=1.0)
+
+
+def test_springs_forces_are_minus_the_gradient():
+    oracle, h = PairSprings(stiffness=2.0), 1e-5
+    batch = MoleculeBatch.from_smiles("CO").to(dtype=torch.float64)
+    moved = [batch.positions.clone(), batch.positions.clone()]
+    moved[0][0, 1, 2] += h
+    moved[1][0, 1, 2] -= h
+    up, down = (oracle(batch.with_positions(x)).energy for x in moved)
+    assert float(oracle(batch).forces[0, 1, 2]) == pytest.approx(float((down - up) / (2 * h)), rel=1e-6)
+
+
+def test_alchemical_cosines_of_a_changed_model_are_no_better_than_the_control():
+    """Weights changed at random know nothing of the force."""
+    base = small_denoiser()
+    found = alchemical_cosines(base, perturbed(base, 0.02), PairSprings(), [6] * 30, skip=2, stride=4)
+    assert found.cosine.shape == found.control.shape == (len(found.times), 30)
+    mean, error = found.mean_by_time()
+    assert torch.isfinite(mean).all()
+    assert bool((error > 0).all())
+    assert float(found.judged.min()) == 1
+    with pytest.raises(ValueError, match="no step is left"):
+        alchemical_cosines(base, base, PairSprings(), [4], skip=1000)
+
+
+def test_subspace_basis_is_orthonormal_and_centred():
+    basis = subspace_basis(5)
+    assert basis.shape == (15, 12)
+    assert torch.allclose(basis.t() @ basis, torch.eye(12, dtype=torch.float64))
+    assert float(basis.view(5, 3, 12).sum(0).abs().max()) < 1e-12
+    with pytest.raises(ValueError, match="at least 2 atoms"):
+        subspace_basis(1)
+
+
+# ---------------------------------------------------------------------- figures
+def test_every_figure_has_axis_titles():
+    base = small_denoiser()
+    found = alchemical_cosines(base, perturbed(base, 0.02), PairSprings(), [5] * 4, stride=5)
+    step = force.TiltedStep(*(np.array([0.1, 0.2]) for _ in range(5)), torch.zeros(3, 3), 1)
+    laws = points.grid_laws(points.PointDenoiser(points.WELLS), points.well_energy, 1.0, points=300)
+    cloud = np.random.default_rng(0).normal(size=(50, 2))
+    drawn = [
+        figures.tilt_figure(1.0),
+        figures.bound_figure(0.1),
+        figures.laws_figure(laws, cloud[:, 0]),
+        figures.densities_2d({"a": cloud, "b": (cloud, np.ones(50))}),
+        figures.diffusion_figure(0.5),
+        figures.return_figure(-np.ones((2, 4)), np.zeros(2), 0.9),
+        figures.tilted_kernel_figure(0.2, 1.0, 1.0),
+        figures.order_figure([0.1, 0.2, 0.3], {"a": np.array([1e-3, 8e-3, 27e-3])}),
+        figures.step_figure(step, "sigma"),
+        figures.cosine_figure(found),
+        figures.cosine_by_time_figure(found),
+        figures.noise_norm_figure(3, n=100),
+    ]
+    for figure in drawn:
+        assert figure.layout.xaxis.title.text
+        assert figure.layout.yaxis.title.text
+    assert "slope 3.00" in drawn[7].data[0].name
