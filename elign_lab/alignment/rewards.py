@@ -76,7 +76,8 @@ def potentials(
     """Phi(s_t) = -E_f(x0_hat(z_t)) at every trained step, (G K, S).
 
     Steps that are not in the schedule hold the value of the last one that is; so does a step whose clean estimate the
-    oracle could not judge. NaN where no earlier value exists. All scheduled estimates go to the oracle in one call.
+    oracle could not judge, and before the first judged one its value stands. NaN for a rollout none of whose estimates
+    could be judged. All scheduled estimates go to the oracle in one call.
     """
     frames = MoleculeBatch.cat([rollouts.clean(model, k) for k in schedule])
     energy = oracle.formation_energy_per_atom(oracle(frames).energy, frames.numbers, frames.mask)
@@ -84,13 +85,11 @@ def potentials(
         energy = energy.clamp(-energy_clip, energy_clip)
     values = (-energy).view(len(schedule), -1)
     out = torch.full((rollouts.steps, values.shape[1]), float("nan"), dtype=values.dtype, device=values.device)
-    held = out[0]
-    where = {k: i for i, k in enumerate(schedule)}
-    for k in range(rollouts.steps):
-        if k in where:
-            fresh = values[where[k]]
-            held = torch.where(torch.isfinite(fresh), fresh, held)
-        out[k] = held
+    out[list(schedule)] = values
+    for k in range(1, rollouts.steps):
+        out[k] = torch.where(out[k].isfinite(), out[k], out[k - 1])
+    for k in range(rollouts.steps - 2, -1, -1):
+        out[k] = torch.where(out[k].isfinite(), out[k], out[k + 1])
     return out.t()
 
 

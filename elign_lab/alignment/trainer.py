@@ -193,7 +193,8 @@ class Trainer:
         else:
             evaluated = potential_schedule(rollouts.steps, c.potential_stride)
             potential = potentials(rollouts, self.policy, self.oracle, evaluated, c.energy_clip)
-            ok = ok & potential.isfinite().all(1)
+            # no estimate on the way could be judged: no shaping signal, and the terminal rewards still count
+            potential = torch.where(potential.isfinite(), potential, energy.unsqueeze(1))
             to_go = potential if c.energy_signal == "naive" else return_to_go(potential, energy, c.gamma)
         channels = {ch.name: ch.reward(rollouts.molecules).to(energy) for ch in self.channels}
         asked = len(rollouts.molecules) * (1 + len(evaluated))

@@ -197,6 +197,9 @@ def test_potential_holds_the_last_value_where_the_oracle_fails(rollouts):
     values = potentials(rollouts, model, SpringOracle(fail=second_frame), (0, 1, 2))
     assert torch.equal(values[:, 1], values[:, 0])
     assert not torch.equal(values[:, 2], values[:, 0])
+    counts["n"] = 15
+    late = potentials(rollouts, model, SpringOracle(fail=second_frame), (0, 2))
+    assert torch.equal(late[:, 0], late[:, 2])  # before the first judged estimate, its value stands
     assert torch.isnan(potentials(rollouts, model, SpringOracle(fail=lambda n: True), (0,))).all()
 
 

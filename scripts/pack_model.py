@@ -1,0 +1,65 @@
+"""Put a trained denoiser into the package's assets, with its passport.
+
+python scripts/pack_model.py RUN_DIR NAME --description TEXT --command TEXT [--figures evaluation.json] [--half]
+
+RUN_DIR is the folder of `elign-lab pretrain` or `elign-lab align`; the figures are what
+`elign-lab evaluate --json` printed for RUN_DIR/model.safetensors.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from elign_lab.checkpoints import ASSETS, load_model, read_passport, save_model, sha256, write_passport
+from elign_lab.training import load_state, read_json_lines
+
+PACKAGES = ("torch", "numpy", "rdkit", "tblite", "accelerate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--description", required=True)
+    parser.add_argument("--command", required=True, help="the command that made the run")
+    parser.add_argument("--figures", type=Path, help="JSON of `elign-lab evaluate --json`")
+    parser.add_argument("--weights", default="model.safetensors", help="file in the run (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="store float16")
+    arguments = parser.parse_args()
+
+    model = load_model(arguments.run / arguments.weights)
+    state = load_state(arguments.run / "checkpoint.pt")
+    dtype = torch.float16 if arguments.half else None
+    path = save_model(model, ASSETS / f"{arguments.name}.safetensors", dtype=dtype)
+    log = read_json_lines(arguments.run / "log.jsonl")
+    data = read_passport(ASSETS / "qm9_xtb.npz")
+    write_passport(
+        path,
+        kind="denoiser",
+        description=arguments.description,
+        parameters=sum(p.numel() for p in model.parameters()),
+        command=arguments.command,
+        steps=state.get("step", state.get("iteration")),
+        hours=round(state["seconds"] / 3600, 2) if "seconds" in state else None,
+        seed=state["config"]["seed"],
+        last_log_row=log[-1],
+        data={"file": data["file"], "sha256": data["sha256"]},
+        run_weights_sha256=sha256(arguments.run / arguments.weights),
+        figures=json.loads(arguments.figures.read_text()) if arguments.figures else None,
+        date=datetime.now(UTC).date().isoformat(),
+        commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
+        machine=f"{platform.machine()}, {platform.processor() or 'CPU'}, {torch.get_num_threads()} threads",
+        versions={name: metadata.version(name) for name in PACKAGES},
+        licence="MIT",
+    )
+    print(path, path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()
