@@ -116,7 +116,7 @@ def _add_inspection(commands: Any) -> None:
 def _add_training(commands: Any) -> None:
     again = "run the same command again to continue from the last checkpoint"
     p = _command(commands, "pretrain", _pretrain, "train a base model, or continue its training", again)
-    p.add_argument("--preset", default="edm_mini", help="edm_mini or edm_qm9 (default: %(default)s)")
+    p.add_argument("--preset", default="edm_mini", help="edm_mini, edm_full or edm_qm9 (default: %(default)s)")
     _add_out(p, "folder of the run; an existing run is continued")
     p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
     p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
@@ -189,7 +189,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_oracle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--oracle", default="xtb", help="learned, xtb, dft, ani or uma (default: %(default)s)")
+    parser.add_argument("--oracle", default="xtb", help="learned, xtb, dft or ani (default: %(default)s)")
     parser.add_argument(
         "--oracle-option",
         action="append",

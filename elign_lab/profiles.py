@@ -44,13 +44,14 @@ PROFILES = {
             groups=4,
             iterations=3,
         ),
-        # the paper's experiment (section 4); the folder is the public EDM release, UMA needs access on Hugging Face
+        # the paper's experiment (section 4); the folder is the public EDM release; ANI-2x stands for
+        # the paper's UMA until its adapter is here
         Profile(
             name="gpu",
             device="cuda",
             model="outputs/edm_qm9",
             dataset="qm9",
-            preference="uma",
+            preference="ani",
             judge="dft",
             molecules=10_000,
             steps=None,

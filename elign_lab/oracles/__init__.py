@@ -53,19 +53,13 @@ ORACLES: dict[str, OracleEntry] = {
             "ANI-2x neural network potential by torchani, wB97X/6-31G(d) level",
             "needs `pip install elign-lab[ani]` and the weights, a download or a folder",
         ),
-        _entry(
-            "uma",
-            "UMAOracle",
-            "UMA by fairchem-core, task omol, the paper's preference model",
-            "needs `pip install elign-lab[uma]` and access to facebook/UMA on Hugging Face",
-        ),
         _entry("ase", "ASEOracle", "any ASE calculator", "needs calculator=, an ASE calculator or a factory of one"),
     )
 }
 
 
 def load_oracle(name: str, **options: Any) -> Oracle:
-    """Make an oracle by name: "learned", "xtb", "dft", "ani", "uma" or "ase"; `options` go to its class.
+    """Make an oracle by name: "learned", "xtb", "dft", "ani" or "ase"; `options` go to its class.
 
     Raises ValueError for an unknown name, and for an oracle that cannot run here, with the remedy.
     """

@@ -50,7 +50,7 @@ class EnergyConfig:
     atom_energies: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
     shifts: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
     scale: float = 1.0
-    contact: float = 1.0
+    contact: float = 1.3
     network: PaiNNConfig = field(default_factory=PaiNNConfig)
 
     def __post_init__(self) -> None:

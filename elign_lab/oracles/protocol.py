@@ -23,7 +23,10 @@ from torch import Tensor
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, MoleculeBatch, atomic_number, symbol
 from elign_lab.oracles._evaluation import OK, Evaluation, Molecule
 
-__all__ = ["AtomEnergies", "Evaluation", "Molecule", "Oracle", "OracleResult", "clip_forces", "f_rms"]
+MAX_EXTENT = 500.0
+"""Angstrom. Models that have not learned anything yet fling atoms about; tblite does not return for such structures."""
+
+__all__ = ["MAX_EXTENT", "AtomEnergies", "Evaluation", "Molecule", "Oracle", "OracleResult", "clip_forces", "f_rms"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,9 @@ class Oracle(ABC):
             return f"non-finite position of atom {int(np.argmin(finite))}"
         if self.closed_shell_only and int(numbers.sum()) % 2:
             return f"odd number of electrons ({int(numbers.sum())}), closed shells only"
+        extent = float(np.ptp(positions, axis=0).max())
+        if extent > MAX_EXTENT:
+            return f"{extent:.0f} Angstrom wide, over the limit of {MAX_EXTENT:g}"
         return self._too_close(positions)
 
     def _too_close(self, positions: np.ndarray) -> str:

@@ -236,7 +236,7 @@ def test_telescoping_on_rollouts_of_the_bundled_model_judged_by_xtb():
     except FileNotFoundError as error:
         pytest.skip(str(error))
     with load_oracle("xtb", workers=0) as oracle:
-        rollouts = rollout(model.double(), [7], 4, steps=20, skip_prefix=14, seed=0)
+        rollouts = rollout(model.double(), [9], 4, steps=40, skip_prefix=34, seed=0)
         assert shaping.telescoping_gap(model, oracle, rollouts, gamma=0.9) < 1e-8
 
 
@@ -265,8 +265,7 @@ def test_springs_forces_are_minus_the_gradient():
     assert float(oracle(batch).forces[0, 1, 2]) == pytest.approx(float((down - up) / (2 * h)), rel=1e-6)
 
 
-def test_alchemical_cosines_of_a_changed_model_are_no_better_than_the_control():
-    """Weights changed at random know nothing of the force."""
+def test_alchemical_cosines_are_given_for_every_analysed_step_and_molecule():
     base = small_denoiser()
     found = alchemical_cosines(base, perturbed(base, 0.02), PairSprings(), [6] * 30, skip=2, stride=4)
     assert found.cosine.shape == found.control.shape == (len(found.times), 30)

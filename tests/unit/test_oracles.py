@@ -100,6 +100,14 @@ def test_far_apart_molecules_do_not_interact(oracle):
     torch.testing.assert_close(result.forces[1, 3:6], result.forces[0, :3], atol=1e-3, rtol=0)
 
 
+def test_a_structure_flung_apart_is_refused(oracle):
+    """Untrained models make such structures; tblite would not return for them."""
+    far = ([1, 6, 1], [[0.0, 0.0, 0.0], [900.0, 0.0, 0.0], [0.0, 800.0, 0.0]])
+    result = oracle(batch_of(far, WATER))
+    assert_failed(result, 0, 2, "900 Angstrom wide, over the limit of 500")
+    assert result.ok[1]
+
+
 def test_single_atom(oracle):
     result = oracle(batch_of(([1], [[0.3, 0.2, 0.1]])))
     assert result.ok.all(), result.status

@@ -1,0 +1,34 @@
+# Each target is one command that also works without make: see "Windows" in the README.
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: setup demo test lab notebooks bench lint clean
+
+setup:
+	python3 scripts/setup_env.py
+
+demo: setup
+	$(BIN)/elign-lab demo
+
+# the browser tests come last, so that the output ends with pytest's own summary
+test: lint
+	$(BIN)/python -m pytest --ignore=tests/browser
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest tests/browser
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+notebooks: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+
+bench: setup
+	$(BIN)/elign-lab bench denoiser --out benchmarks/results/denoiser.json
+
+clean:
+	rm -rf .venv demo build dist .pytest_cache .ruff_cache

@@ -1,0 +1,71 @@
+"""Rules that every notebook keeps; nbval runs their cells (`make test`)."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def cells(path) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook.cells
+
+
+def code(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert FOLDER / "00_quickstart.ipynb" in NOTEBOOKS
+
+
+def test_cells_are_short_and_install_nothing(cells):
+    for cell in code(cells):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 15, f"{len(lines)} lines: {lines[0]}"
+        assert "pip install" not in cell.source
+
+
+def test_no_cell_branches_on_the_profile(cells):
+    for cell in code(cells):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.If | ast.IfExp):
+                assert "profile" not in ast.unparse(node.test)
+
+
+def test_outputs_are_stored_without_widget_state(path, cells):
+    assert path.stat().st_size < 400_000
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
+    counts = [cell.execution_count for cell in code(cells)]
+    assert counts == list(range(1, len(counts) + 1)), "not executed in order: run `make notebooks`"
+    for cell in code(cells):
+        assert not [out for out in cell.outputs if out.output_type == "error"]
+
+
+def test_figures_have_axis_titles(cells):
+    for cell in code(cells):
+        for output in cell.outputs:
+            figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
+            if figure and any(trace["type"].startswith("scatter") for trace in figure["data"]):
+                for axis in ("xaxis", "yaxis"):
+                    assert figure["layout"][axis]["title"]["text"], f"no title on the {axis}"
+
+
+def test_the_quickstart_ends_with_a_check():
+    cells = code(nbformat.read(FOLDER / "00_quickstart.ipynb", as_version=4).cells)
+    tree = ast.parse(cells[-1].source)
+    assert sum(isinstance(node, ast.Assert) for node in ast.walk(tree)) >= 3

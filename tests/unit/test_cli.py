@@ -1,0 +1,318 @@
+"""The command line, called as a user does: in a process of its own where that matters, else by main()."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import elign_lab
+from elign_lab import MoleculeBatch, doctor
+from elign_lab.checkpoints import load_model, save_model
+from elign_lab.cli import main
+from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.oracles.learned import EnergyConfig, EnergyModel, save_energy_model
+from elign_lab.overrides import override
+from elign_lab.painn import PaiNNConfig
+from elign_lab.profiles import PROFILES, get_profile
+from elign_lab.sampling import sample
+from elign_lab.training import read_json_lines
+
+SMALL = ["--set", "model.features=16", "--set", "model.layers=1", "--batch-size", "16", "--set", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> str:
+    """An untrained model: its molecules are rubbish, which is the hardest input for what judges them."""
+    torch.manual_seed(0)
+    config = DenoiserConfig(features=16, layers=2, timesteps=50, size_histogram=((3, 5), (5, 3), (8, 1)))
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(Denoiser(config), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def energy_file(tmp_path_factory) -> str:
+    """An untrained force field: quick, and an answer for every geometry."""
+    torch.manual_seed(0)
+    config = EnergyConfig(network=PaiNNConfig(features=8, vectors=4, channels=4, layers=1))
+    return str(save_energy_model(EnergyModel(config), tmp_path_factory.mktemp("oracle") / "tiny.safetensors"))
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elign_lab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+# ---------------------------------------------------------------------- the package and its help
+def test_public_names():
+    for name in ("MoleculeBatch", "align", "evaluate", "load_dataset", "load_model", "load_oracle", "sample", "show"):
+        assert callable(getattr(elign_lab, name))
+        assert name in dir(elign_lab)
+    with pytest.raises(AttributeError, match="nothing"):
+        elign_lab.nothing  # noqa: B018
+
+
+def test_help_loads_no_heavy_package():
+    code = (
+        "import sys\nfrom elign_lab.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'numpy', 'rdkit', 'scipy'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.rstrip().endswith("set()")
+    for command in ("doctor", "models", "start", "pretrain", "align", "sample", "evaluate", "report", "demo", "bench"):
+        assert command in out
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "usage: elign-lab" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert elign_lab.__version__ in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- errors
+def test_errors_are_one_line_with_status_2(capsys):
+    assert main(["sample", "--model", "no-such-model", "--n", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("elign-lab: error: no model 'no-such-model'")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "--model", "no-such-model", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--n", "2", "--sizes", "3,4,5"], "expected (2,)"),
+        (["--n", "1", "--sizes", "99"], "limit of 8 atoms"),
+        (["--n", "1", "--sampler", "magic"], "unknown sampler 'magic'"),
+        (["--n", "1", "--steps", "51"], "51"),
+        (["--n", "1", "--out", "molecules.pdb"], ".xyz, .sdf or .npz"),
+    ],
+)
+def test_bad_sampling_input(model_file, arguments, text, capsys):
+    assert main(["sample", "--model", model_file, *arguments]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_unknown_names(model_file, tmp_path, capsys):
+    assert main(["evaluate", "--model", model_file, "--n", "1", "--steps", "5", "--oracle", "tarot"]) == 2
+    assert "unknown oracle 'tarot'" in capsys.readouterr().err
+    assert main(["align", "--model", model_file, "--preset", "fast", "--out", str(tmp_path)]) == 2
+    assert "unknown preset 'fast'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--model", model_file, "--n", "0"])
+    assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------------- doctor, models, start
+def test_doctor_reports_this_installation(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    packages = {p["name"]: p for p in report["packages"]}
+    assert packages["torch"]["version"] == torch.__version__
+    oracles = {o["name"]: o for o in report["oracles"]}
+    assert oracles["xtb"]["usable"] is True
+    assert oracles["ani"]["usable"] or oracles["ani"]["reason"]
+    assert {"file": "qm9_xtb.npz", "ok": True, "problem": ""} in report["assets"]
+    assert report["devices"][0].startswith("cpu")
+    assert main(["doctor"]) == 0
+    assert "no problems" in (text := capsys.readouterr().out) or "pip install" in text
+
+
+def test_doctor_finds_what_is_broken(monkeypatch, tmp_path, capsys):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "a.bin").write_bytes(b"changed")
+    (assets / "a.json").write_text(json.dumps({"file": "a.bin", "sha256": "0" * 64}))
+    (assets / "b.json").write_text("{")
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["torch<2", "no-such-package>=1", "x; extra == 'lab'"])
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    essential = [p["what"] for p in report["problems"] if p["essential"]]
+    assert [what.split()[0] for what in essential] == ["torch", "no-such-package", "a.bin", "b.json"]
+    assert all(p["remedy"] for p in report["problems"])
+    assert "pip install 'elign-lab[lab]'" in [p["remedy"] for p in report["problems"]]
+
+
+def test_models_lists_the_passports(capsys):
+    assert main(["models", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)
+    assets = Path(elign_lab.__file__).parent / "assets"
+    assert [m["name"] for m in models] == [p.stem for p in sorted(assets.glob("*.safetensors"))]
+
+
+def test_start_copies_and_never_overwrites(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    assert main(["start", str(folder)]) == 0
+    notebook = folder / "00_quickstart.ipynb"
+    assert json.loads(notebook.read_text())["nbformat"] == 4
+    notebook.write_text("my work")
+    capsys.readouterr()
+    assert main(["start", str(folder)]) == 0
+    assert notebook.read_text() == "my work"
+    assert f"kept      {notebook}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- sampling and judging
+def test_sample_writes_every_format(model_file, tmp_path, capsys):
+    expected = sample(load_model(model_file), 4, sizes=[3, 5, 3, 8], steps=10, seed=7)
+    common = ["sample", "--model", model_file, "--n", "4", "--sizes", "3,5,3,8", "--steps", "10", "--seed", "7"]
+    assert main(common) == 0
+    assert capsys.readouterr().out == expected.to_xyz()
+    for suffix in ("xyz", "sdf", "npz"):
+        assert main([*common, "--out", str(tmp_path / "new" / f"m.{suffix}")]) == 0
+    assert torch.equal(MoleculeBatch.from_xyz(tmp_path / "new" / "m.xyz").numbers, expected.numbers)
+    assert torch.equal(MoleculeBatch.from_sdf(tmp_path / "new" / "m.sdf").sizes, expected.sizes)
+    arrays = np.load(tmp_path / "new" / "m.npz")
+    np.testing.assert_array_equal(arrays["positions"], expected.positions.numpy())
+    np.testing.assert_array_equal(arrays["mask"], expected.mask.numpy())
+
+
+def test_one_size_for_all(model_file, capsys):
+    assert main(["sample", "--model", model_file, "--n", "3", "--sizes", "4", "--steps", "2"]) == 0
+    assert MoleculeBatch.from_xyz(capsys.readouterr().out).sizes.tolist() == [4, 4, 4]
+
+
+def test_evaluate_prints_json_only(model_file):
+    done = run(
+        "evaluate", "--model", model_file, "--n", "6", "--oracle", "xtb", "--seed", "3", "--steps", "5", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for key in (
+        "atom_stability",
+        "molecule_stability",
+        "validity",
+        "uniqueness",
+        "valid_and_unique",
+        "energy_per_atom_median",
+        "f_rms_median",
+    ):
+        assert set(found[key]) == {"value", "low", "high"}
+    assert (
+        0 <= found["atom_stability"]["low"] <= found["atom_stability"]["value"] <= found["atom_stability"]["high"] <= 1
+    )
+    assert (found["n"], found["seed"], found["model"], found["oracle"], found["steps"]) == (6, 3, model_file, "xtb", 5)
+
+
+# ---------------------------------------------------------------------- training
+def test_pretrain_align_and_report(tmp_path, energy_file, capsys):
+    base, aligned, html = tmp_path / "base", tmp_path / "aligned", tmp_path / "report.html"
+    assert main(["pretrain", "--preset", "edm_mini", "--steps", "3", "--out", str(base), *SMALL]) == 0
+    assert len(read_json_lines(base / "log.jsonl")) == 3
+    model = load_model(base / "model.safetensors")
+    assert (model.config.features, model.config.layers) == (16, 1)
+    assert str(base / "model.safetensors") in capsys.readouterr().out
+
+    settings = ["groups=2", "members=2", "steps=6", "skip_prefix=4", "max_failure_share=1.0", "checkpoint_every=1"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}"]
+    command = ["align", "--model", str(base / "model.safetensors"), *oracle, "--out", str(aligned), *options]
+    assert main([*command, "--iterations", "1"]) == 0
+    assert main([*command, "--iterations", "2"]) == 0  # continues
+    log = read_json_lines(aligned / "log.jsonl")
+    assert [row["iteration"] for row in log] == [0, 1]
+    assert main([*command, "--iterations", "2", "--set", "gamma=0.5"]) == 2
+    assert "use another folder" in capsys.readouterr().err
+
+    files = [str(base / "model.safetensors"), str(aligned / "model.safetensors")]
+    history = ["--history", str(aligned / "log.jsonl")]
+    assert main(["report", *files, "--n", "4", "--steps", "5", *oracle, "--out", str(html), *history]) == 0
+    assert "difference" in capsys.readouterr().out
+    assert "<html" in html.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tmp_path):
+    command = ["pretrain", "--steps", "100000", "--out", str(tmp_path), *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elign_lab", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 100
+    log = tmp_path / "log.jsonl"
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to continue from the last checkpoint" in errors.splitlines()[-1]
+    steps = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert steps >= 2
+    again = run(*command, "--max-minutes", "0.0001")
+    assert again.returncode == 0, again.stderr
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > steps
+
+
+# ---------------------------------------------------------------------- overrides and profiles
+@dataclass(frozen=True)
+class Inner:
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    rate: float = 0.1
+    clip: float | None = 2.0
+    name: str = "a"
+    shared: bool = True
+    scale: tuple[float, float] = (1.0, 2.0)
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_override_parses_by_type():
+    changed = override(
+        Settings(), ["rate=1", "clip=None", "name=b=c", "shared=False", "scale=(3.0, 4.0)", "inner.width=5"]
+    )
+    assert changed == Settings(1.0, None, "b=c", False, (3.0, 4.0), Inner(5))
+    assert isinstance(changed.rate, float)
+    assert override(Settings(), ["name=3d"]).name == "3d"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "text"),
+    [
+        ("rate", "expected field=value"),
+        ("speed=1", "it has rate, clip, name"),
+        ("rate=fast", "expected float, got str"),
+        ("inner.width=1.5", "expected int, got float"),
+        ("inner.width=True", "expected int, got bool"),
+        ("shared=1", "expected bool, got int"),
+        ("rate.x=1", "single value"),
+        ("inner.depth=1", "it has width"),
+    ],
+)
+def test_override_names_the_mistake(assignment, text):
+    with pytest.raises(ValueError, match=text):
+        override(Settings(), [assignment])
+
+
+def test_profiles(monkeypatch):
+    from elign_lab.alignment import PRESETS
+    from elign_lab.oracles import ORACLES
+
+    monkeypatch.delenv("ELIGN_LAB_PROFILE", raising=False)
+    assert get_profile().name == "cpu"
+    monkeypatch.setenv("ELIGN_LAB_PROFILE", "gpu")
+    assert get_profile().name == "gpu"
+    assert get_profile("cpu").device == "cpu"
+    with pytest.raises(ValueError, match="expected one of cpu, gpu"):
+        get_profile("tpu")
+    for profile in PROFILES.values():
+        assert profile.align_preset in PRESETS
+        assert {profile.preference, profile.judge} <= ORACLES.keys()
+        assert profile.preference != profile.judge
