@@ -74,7 +74,7 @@ def load_model(name: str | Path, *, device: torch.device | str = "cpu") -> Denoi
     else:
         path = ASSETS / f"{name}.safetensors"
         if not path.is_file():
-            known = ", ".join(passport["name"] for passport in bundled_models()) or "none"
+            known = ", ".join(p["name"] for p in bundled_models() if p["kind"] == "denoiser") or "none"
             raise FileNotFoundError(f"no model {str(name)!r}: neither a path nor a bundled model (bundled: {known})")
         verify_asset(path)
         model = _load_own(path)
