@@ -1,7 +1,8 @@
 """Training of the learned oracle by energy and force matching (paper Eq. 1) on labels of any other oracle.
 
-    labels = make_labels(load_oracle("xtb"), "runs/labels.npz", models=[load_model("edm-mini")])
-    model = fit_oracle(FitConfig(), labels, "runs/oracle", atom_energies=load_oracle("xtb").atom_energies)
+    xtb = load_oracle("xtb")
+    labels = make_labels(xtb, "runs/oracle/labels", models=[load_model("edm-mini")])
+    model = fit_oracle(FitConfig(), labels, "runs/oracle", atom_energies=xtb.atom_energies)
 
 Loss of a molecule with N atoms (hats are predictions), the L1 form of Eq. 1:
 
@@ -48,12 +49,12 @@ NEAR_MINIMUM = ("minimum", "thermal", "mmff94")
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults made the bundled oracle."""
+    """Settings of a fit; scripts/fit_bundled_oracle.py has the two stages of the bundled oracle."""
 
     elements: tuple[int, ...] = (1, 6, 7, 8, 9)
     network: PaiNNConfig = field(default_factory=PaiNNConfig)
     contact: float = 1.3  # where the repulsion ends, in sums of covalent radii; at 1 two H atoms at 0.6 A would attract
-    steps: int = 16_000
+    steps: int = 6_000
     batch_size: int = 64  # molecules, over all processes
     learning_rate: float = 2e-3
     minimum_rate: float = 0.01  # last learning rate as a share of the first

@@ -167,7 +167,7 @@ def label(
 # ---------------------------------------------------------------------- making one
 @dataclass(frozen=True)
 class LabelPlan:
-    """Number of geometries of each kind (see the module's table); the defaults made the bundled oracle."""
+    """Number of geometries of each kind (see the module's table); the defaults are those of the bundled oracle."""
 
     minimum: int = 3_000
     thermal: int = 14_000
