@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,7 +24,7 @@ from elign_lab.alignment import (
     fed_grpo_terms,
     group_normalize,
 )
-from elign_lab.checkpoints import from_edm_state, load_model
+from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import Denoiser, DenoiserConfig
 from elign_lab.testing import SpringOracle
 from elign_lab.training import read_json_lines, warmup_cosine, warmup_hold_decay
@@ -156,30 +155,29 @@ def test_known_optimum_of_a_gaussian_policy():
     assert found == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_training_improves_the_reward():
-    """Forces of fresh samples fall, with the same seeds, when a trained denoiser is aligned with springs."""
-    data = dict(np.load(Path(__file__).parents[1] / "golden" / "edm_small_trained.npz"))
-    state = {k[3:]: torch.from_numpy(v) for k, v in data.items() if k.startswith("sd/")}
-    policy = from_edm_state(state, DenoiserConfig(features=32, layers=3, size_histogram=((5, 1),)))
+    """Forces of fresh samples with the same seeds fall when the bundled base model is aligned with springs."""
     config = replace(
         CONFIG,
         groups=4,
         members=8,
-        iterations=20,
-        steps=20,
-        skip_prefix=10,
-        learning_rate=5e-4,
+        iterations=8,
+        steps=30,
+        skip_prefix=18,
+        learning_rate=1e-4,
+        warmup=1,
         clip_range=0.2,
         kl_weight=0.0,
         energy_weight=0.0,
-        force_clip=20.0,
-        evaluate_n=64,
+        evaluate_every=100,
+        evaluate_n=48,
     )
-    trainer = Trainer(policy, SpringOracle(), config)
+    trainer = Trainer(load_model("edm-mini").with_size_histogram({7: 1}), SpringOracle(), config)
     before = trainer.evaluate()["eval_force"]
     trainer.run(progress=False)
     after = trainer.evaluate()["eval_force"]
-    assert after > 0.9 * before, (before, after)  # rewards are negative: at least a tenth better
+    assert after > 0.8 * before, (before, after)  # rewards are negative: at least a fifth better
 
 
 def test_failed_molecules_are_dropped_and_counted(tmp_path):
