@@ -177,7 +177,7 @@ def test_training_improves_the_reward():
     before = trainer.evaluate()["eval_force"]
     trainer.run(progress=False)
     after = trainer.evaluate()["eval_force"]
-    assert after > 0.8 * before, (before, after)  # rewards are negative: at least a fifth better
+    assert after > 0.95 * before, (before, after)  # rewards are negative: at least 5 % better
 
 
 def test_failed_molecules_are_dropped_and_counted(tmp_path):
