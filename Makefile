@@ -2,6 +2,12 @@
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
+# widget state is needed while a notebook runs, and is not stored: it is megabytes
+STRIP := --ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True \
+	--ClearMetadataPreprocessor.clear_cell_metadata=False \
+	--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec \
+	--ClearMetadataPreprocessor.preserve_nb_metadata_mask=language_info
+
 .PHONY: setup demo test lab notebooks bench lint clean
 
 setup:
@@ -24,8 +30,7 @@ lab: setup
 	$(BIN)/jupyter lab notebooks
 
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(STRIP) $(NOTEBOOKS)
 
 bench: setup
 	$(BIN)/elign-lab bench denoiser --out benchmarks/results/denoiser.json

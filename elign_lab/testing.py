@@ -34,6 +34,7 @@ class SpringOracle(Oracle):
 
     name = "spring"
     elements = frozenset(range(1, 119))
+    max_extent = float("inf")
 
     def __init__(self, rest: float = 1.5, fail: Callable[[np.ndarray], bool] | None = None) -> None:
         super().__init__(min_distance=1e-6, atom_energies=dict.fromkeys(self.elements, 0.0))

@@ -23,10 +23,7 @@ from torch import Tensor
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, MoleculeBatch, atomic_number, symbol
 from elign_lab.oracles._evaluation import OK, Evaluation, Molecule
 
-MAX_EXTENT = 500.0
-"""Angstrom. Models that have not learned anything yet fling atoms about; tblite does not return for such structures."""
-
-__all__ = ["MAX_EXTENT", "AtomEnergies", "Evaluation", "Molecule", "Oracle", "OracleResult", "clip_forces", "f_rms"]
+__all__ = ["AtomEnergies", "Evaluation", "Molecule", "Oracle", "OracleResult", "clip_forces", "f_rms"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ class Oracle(ABC):
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that the oracle imports, each with the command that installs it."""
     has_uncertainty: ClassVar[bool] = False
+    max_extent: ClassVar[float] = 500.0
+    """Largest width in Angstrom. Untrained models fling atoms about, and tblite does not return for such structures."""
     elements: frozenset[int]
     """Atomic numbers that the oracle supports."""
     atom_energies: Mapping[int, float]
@@ -216,8 +215,8 @@ class Oracle(ABC):
         if self.closed_shell_only and int(numbers.sum()) % 2:
             return f"odd number of electrons ({int(numbers.sum())}), closed shells only"
         extent = float(np.ptp(positions, axis=0).max())
-        if extent > MAX_EXTENT:
-            return f"{extent:.0f} Angstrom wide, over the limit of {MAX_EXTENT:g}"
+        if extent > self.max_extent:
+            return f"{extent:.0f} Angstrom wide, over the limit of {self.max_extent:g}"
         return self._too_close(positions)
 
     def _too_close(self, positions: np.ndarray) -> str:

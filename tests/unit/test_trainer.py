@@ -245,7 +245,8 @@ def test_ctrl_c_finishes_the_iteration(tmp_path):
         signals = 1
 
         def _compute(self, molecules):
-            for _ in range(self.signals):
+            while self.signals:
+                self.signals -= 1
                 signal.raise_signal(signal.SIGINT)
             return super()._compute(molecules)
 
