@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -38,6 +37,8 @@ from elign_lab.painn import PaiNNConfig
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    StopRequest,
+    any_process,
     average_gradients,
     load_state,
     save_state,
@@ -120,7 +121,7 @@ def fit_oracle(
     hidden = not (progress and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, desc="fitting", unit="step", disable=hidden)
     started, before, sums, since = time.monotonic(), seconds, np.zeros(3), 0
-    try:
+    with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_cosine(step, config.warmup, config.steps, config.minimum_rate)
             for group in optimizer.param_groups:
@@ -142,13 +143,11 @@ def fit_oracle(
                 sums, since = np.zeros(3), 0
             if step % config.checkpoint_every == 0:
                 checkpoint()
-            if max_seconds is not None and _clock(accelerator, started) > max_seconds:
+            late = max_seconds is not None and time.monotonic() - started > max_seconds
+            if any_process(accelerator, late or stop.requested):
+                bar.write(f"stopped at step {step}: run the same command again to continue")
                 break
-    except KeyboardInterrupt:
-        tqdm.write(f"interrupted at step {step}: run the same command again to continue")
-    finally:
-        bar.close()
-        checkpoint()
+    checkpoint()
     ema.swap(parameters)
     return model.eval()
 
@@ -266,12 +265,6 @@ def _offsets(config: FitConfig, labels: LabelSet, atoms: np.ndarray) -> tuple[tu
     shifts = np.linalg.lstsq(counts[chosen].astype(float), residual[chosen], rcond=None)[0]
     square = np.minimum(np.square(labels.forces).sum(1), config.force_scale**2)
     return tuple(shifts.tolist()), float(np.sqrt(square.mean() / 3))
-
-
-def _clock(accelerator: Accelerator, started: float) -> float:
-    """Seconds since `started` by the first process's clock, so that all processes stop at the same step."""
-    elapsed = torch.tensor(time.monotonic() - started, device=accelerator.device)
-    return float(broadcast(elapsed))
 
 
 def _fingerprint(labels: LabelSet) -> int:
