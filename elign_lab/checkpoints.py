@@ -49,9 +49,13 @@ _RENAMES = (
 # ---------------------------------------------------------------------- our own files
 def save_model(model: Denoiser, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write weights and configuration to one safetensors file, atomically; `dtype` (torch.float16) halves its size."""
-    path = Path(path)
     state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
+    return write_weights(path, state, {"format": FORMAT, "config": json.dumps(asdict(model.config))})
+
+
+def write_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write tensors and metadata to a safetensors file, atomically; returns its path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # replace is atomic, so that a kill leaves the old file or the new one
     temporary = path.with_name(path.name + ".tmp")
@@ -81,20 +85,25 @@ def load_model(name: str | Path, *, device: torch.device | str = "cpu") -> Denoi
     return model.to(device).eval()
 
 
-def _load_own(path: Path) -> Denoiser:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises ValueError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _load_own(path: Path) -> Denoiser:
+    state, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a denoiser of this package: format {metadata.get('format')!r}, not {FORMAT!r}")
     config = json.loads(metadata["config"])
     config["elements"], config["scale"] = tuple(config["elements"]), tuple(config["scale"])
     config["size_histogram"] = tuple((int(n), int(c)) for n, c in config["size_histogram"])
     model = Denoiser(DenoiserConfig(**config))
-    model.load_state_dict(state)
+    model.load_state_dict({key: value.float() for key, value in state.items()})
     return model
 
 

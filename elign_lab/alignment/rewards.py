@@ -45,7 +45,6 @@ class Rewards:
     ok: Tensor
     channels: dict[str, Tensor]
     evaluated: tuple[int, ...]
-    oracle_molecules: int
 
 
 def terminal_rewards(

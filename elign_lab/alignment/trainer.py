@@ -197,8 +197,7 @@ class Trainer:
             potential = torch.where(potential.isfinite(), potential, energy.unsqueeze(1))
             to_go = potential if c.energy_signal == "naive" else return_to_go(potential, energy, c.gamma)
         channels = {ch.name: ch.reward(rollouts.molecules).to(energy) for ch in self.channels}
-        asked = len(rollouts.molecules) * (1 + len(evaluated))
-        return Rewards(energy, force, to_go, ok, channels, evaluated, asked)
+        return Rewards(energy, force, to_go, ok, channels, evaluated)
 
     def advantages(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Total advantages (G, K, S) (paper Eq. 7)."""

@@ -220,14 +220,14 @@ class Denoiser(nn.Module):
         normalize 'padded' divides the squared error by (3 + F) N of the padded batch, as EDM does; 'molecule' by the
         molecule's own number of atoms, so that its weight does not depend on its neighbours in the batch.
         """
-        eps = self.eps(self.diffuse(z, t, noise), t, mask, context=context, layout=layout)
+        z_t = self.diffuse(z, t, noise)
+        eps = self.eps(z_t, t, mask, context=context, layout=layout)
         squared = (noise - eps).square()
         if normalize not in ("padded", "molecule"):
             raise ValueError(f"normalize must be 'padded' or 'molecule', got {normalize!r}")
         atoms = mask.sum(1) if normalize == "molecule" else torch.full_like(t, mask.shape[1])
         entries = z.shape[-1] * atoms.to(z.dtype)
         error = squared.sum((1, 2)) / entries
-        z_t = self.diffuse(z, t, noise)
         term_0 = 0.5 * squared[..., :3].sum((1, 2)) / entries - self.log_likelihood_types(z, z_t, t, mask)
         kl = self.kl_prior(z, mask)
         loss = kl + torch.where(t == 0, term_0, 0.5 * error)

@@ -14,12 +14,17 @@ from torch.nn.functional import silu
 from elign_lab.denoiser.layout import Block, Layout
 
 
+def _first_layer(receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, block: Block) -> Tensor:
+    """Pre-activation of the factorised first layer for one block, (pairs, F)."""
+    g, n, f = block.graphs, block.size, w3.shape[1]
+    return (receiver.view(g, n, 1, f) + sender.view(g, 1, n, f)).view(-1, f).addmm_(edge, w3)
+
+
 def _hidden(
     receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, w2: Tensor, b2: Tensor, block: Block
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations of both layers for one block, each (pairs, F). The second one may be in bfloat16."""
-    g, n, f = block.graphs, block.size, w2.shape[0]
-    first = (receiver.view(g, n, 1, f) + sender.view(g, 1, n, f)).view(-1, f).addmm_(edge, w3)
+    first = _first_layer(receiver, sender, edge, w3, block)
     return first, torch.addmm(b2, silu(first).to(w2.dtype), w2.t())
 
 
@@ -27,8 +32,7 @@ def _messages(
     receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, w2: Tensor, b2: Tensor, block: Block
 ) -> Tensor:
     """silu(W2 silu(...) + b2) for one block, (pairs, F), with as little memory as possible (no gradient)."""
-    g, n, f = block.graphs, block.size, w2.shape[0]
-    first = (receiver.view(g, n, 1, f) + sender.view(g, 1, n, f)).view(-1, f).addmm_(edge, w3)
+    first = _first_layer(receiver, sender, edge, w3, block)
     return silu(torch.addmm(b2, silu(first, inplace=True).to(w2.dtype), w2.t()), inplace=True)
 
 

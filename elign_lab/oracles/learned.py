@@ -18,12 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase.data import covalent_radii
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from elign_lab.checkpoints import ASSETS, verify_asset
+from elign_lab.checkpoints import ASSETS, read_weights, verify_asset, write_weights
 from elign_lab.molecules import MoleculeBatch, symbol
 from elign_lab.oracles._evaluation import Evaluation, Molecule
 from elign_lab.oracles.protocol import Oracle
@@ -124,13 +122,8 @@ def nuclear_repulsion(charges: Tensor, radii: Tensor, positions: Tensor, mask: T
 # ---------------------------------------------------------------------- files
 def save_energy_model(model: EnergyModel, path: str | Path) -> Path:
     """Write weights (float32) and configuration to one safetensors file, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata={"format": FORMAT, "config": json.dumps(asdict(model.config))})
-    temporary.replace(path)
-    return path
+    return write_weights(path, state, {"format": FORMAT, "config": json.dumps(asdict(model.config))})
 
 
 def load_energy_model(name: str | Path = BUNDLED) -> EnergyModel:
@@ -145,12 +138,7 @@ def load_energy_model(name: str | Path = BUNDLED) -> EnergyModel:
         if not path.is_file():
             raise FileNotFoundError(f"no energy model {str(name)!r}: neither a file nor bundled (bundled: {BUNDLED})")
         verify_asset(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    state, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not an energy model: format {metadata.get('format')!r}, expected {FORMAT!r}")
     config = json.loads(metadata["config"])
