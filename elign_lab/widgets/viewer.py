@@ -311,8 +311,8 @@ class MoleculeViewer(anywidget.AnyWidget):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        self._next_send = time.monotonic() + 1 / MAX_MESSAGES_PER_SECOND
         self._send_frames(pending)
+        self._next_send = time.monotonic() + 1 / MAX_MESSAGES_PER_SECOND
         if not self._still:
             self._still = self._encode_still(0)
 
