@@ -2,10 +2,14 @@
 
 Two things make it fast. The first layer is factorised, W [h_i, h_j, e_ij] + b = (W_1 h_i + b) + W_2 h_j + W_3 e_ij, so
 that its matrix products are per atom and not per pair. And training keeps nothing per pair and feature: the backward
-pass recomputes each block, which costs less than memory traffic does.
+pass recomputes each block, which costs less than memory traffic does. torch.compile may fuse the functions of a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,109 +17,173 @@ from torch.nn.functional import silu
 
 from elign_lab.denoiser.layout import Block, Layout
 
-
-def _first_layer(receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, block: Block) -> Tensor:
-    """Pre-activation of the factorised first layer for one block, (pairs, F)."""
-    g, n, f = block.graphs, block.size, w3.shape[1]
-    return (receiver.view(g, n, 1, f) + sender.view(g, 1, n, f)).view(-1, f).addmm_(edge, w3)
+# Graphs that torch.compile may keep: three reductions, with and without gradient, each for one and for several
+# molecules in a block and for its two precisions.
+_COMPILED_GRAPHS = 64
 
 
-def _hidden(
-    receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, w2: Tensor, b2: Tensor, block: Block
-) -> tuple[Tensor, Tensor]:
-    """Pre-activations of both layers for one block, each (pairs, F). The second one may be in bfloat16."""
-    first = _first_layer(receiver, sender, edge, w3, block)
-    return first, torch.addmm(b2, silu(first).to(w2.dtype), w2.t())
+class EdgeOptions(NamedTuple):
+    """How the pairs are computed: dtype of the large matrix products (None: that of the weights), torch.compile."""
+
+    dtype: torch.dtype | None = None
+    compiled: bool = False
 
 
-def _messages(
-    receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor, w2: Tensor, b2: Tensor, block: Block
-) -> Tensor:
-    """silu(W2 silu(...) + b2) for one block, (pairs, F), with as little memory as possible (no gradient)."""
-    first = _first_layer(receiver, sender, edge, w3, block)
-    return silu(torch.addmm(b2, silu(first, inplace=True).to(w2.dtype), w2.t()), inplace=True)
+class EdgeWeights(NamedTuple):
+    """w3 (n_e, F) of the edge features; second layer w2 (F, F), b2 (F,); head (F,) and its bias ()."""
+
+    w3: Tensor
+    w2: Tensor
+    b2: Tensor
+    head: Tensor
+    head_bias: Tensor
 
 
 class EdgeMLP(torch.autograd.Function):
     """m_ij = silu(W2 silu(W1 [h_i, h_j, e_ij] + b1) + b2), and what EGNN does with it.
 
-    nodes (rows, 2F): the factorised first layer, receiver part (with the bias) and sender part; edge (pairs, n_e); w3
-    (n_e, F); w2 (F, F); b2 (F,); head (F,) and head_bias () or None; layout. `reduce`:
+    nodes (rows, 2F): the factorised first layer, receiver part (with the bias) and sender part; edge (pairs, n_e); the
+    five EdgeWeights; layout; options. `reduce`:
       'sum'    sum_j w_ij m_ij                          -> (rows, F)   (head unused)
       'attend' sum_j w_ij sigmoid(head.m_ij + bias) m_ij -> (rows, F)
       'score'  head.m_ij                                 -> (pairs,)
     """
 
     @staticmethod
-    def forward(ctx, nodes, edge, w3, w2, b2, head, head_bias, layout: Layout, reduce: str, dtype: torch.dtype):
+    def forward(ctx, nodes, edge, w3, w2, b2, head, head_bias, layout: Layout, reduce: str, options: EdgeOptions):
         """One pass over the blocks; the inputs are saved, the activations are not."""
-        f = w2.shape[0]
+        f, dtype = w2.shape[0], options.dtype or w2.dtype
         receiver, sender = nodes[:, :f].contiguous(), nodes[:, f:].contiguous()
-        low_w2, low_b2, low_head = w2.to(dtype), b2.to(dtype), head.to(dtype)
+        weights = EdgeWeights(w3, w2.to(dtype), b2.to(dtype), head.to(dtype), head_bias)
+        forward_block = _compile(_forward_block) if options.compiled else _forward_block
         out = nodes.new_empty(layout.pairs if reduce == "score" else (layout.rows, f))
         for b in layout.blocks:
             rows, pairs = slice(b.start, b.stop), slice(b.pair_start, b.pair_stop)
-            m = _messages(receiver[rows], sender[rows], edge[pairs], w3, low_w2, low_b2, b)
-            if reduce == "score":
-                out[pairs] = torch.mv(m, low_head)
-                continue
-            weight = b.pair_weight.to(nodes.dtype).expand(b.graphs, b.size, b.size)
-            if reduce == "attend":
-                score = torch.mv(m, low_head).to(nodes.dtype) + head_bias
-                weight = torch.sigmoid(score).view(weight.shape) * weight
-            total = torch.bmm(weight.reshape(-1, 1, b.size).to(dtype), m.view(-1, b.size, f))
-            out[rows] = total.view(-1, f)
+            pair_weight = _pair_weight(b, nodes.dtype)
+            part = pairs if reduce == "score" else rows
+            square = (b.graphs, b.size, f)
+            out[part] = forward_block(
+                receiver[rows].view(square), sender[rows].view(square), edge[pairs], pair_weight, weights, reduce
+            )
         ctx.save_for_backward(receiver, sender, edge, w3, w2, b2, head, head_bias)
-        ctx.layout, ctx.reduce, ctx.dtype = layout, reduce, dtype
+        ctx.layout, ctx.reduce, ctx.options = layout, reduce, options
         return out
 
     @staticmethod
     def backward(ctx, grad):
         """Recompute the activations of each block and accumulate the gradients of all inputs."""
         receiver, sender, edge, w3, w2, b2, head, head_bias = ctx.saved_tensors
-        layout, reduce, dtype = ctx.layout, ctx.reduce, ctx.dtype
-        f = w2.shape[0]
-        low_w2, low_b2, low_head = w2.to(dtype), b2.to(dtype), head.to(dtype)
-        d_nodes = receiver.new_empty(layout.rows, 2 * f)
+        f, dtype = w2.shape[0], ctx.options.dtype or w2.dtype
+        weights = EdgeWeights(w3, w2.to(dtype), b2.to(dtype), head.to(dtype), head_bias)
+        backward_block = _compile(_backward_block) if ctx.options.compiled else _backward_block
+        d_nodes = receiver.new_empty(ctx.layout.rows, 2 * f)
         d_edge = torch.empty_like(edge)
-        d_w3, d_w2, d_b2 = torch.zeros_like(w3), torch.zeros_like(w2), torch.zeros_like(b2)
-        d_head, d_bias = torch.zeros_like(head), torch.zeros_like(head_bias)
-        silu_backward = torch.ops.aten.silu_backward
-        for b in layout.blocks:
+        totals = EdgeWeights(*(torch.zeros_like(w) for w in (w3, w2, b2, head, head_bias)))
+        for b in ctx.layout.blocks:
             rows, pairs = slice(b.start, b.stop), slice(b.pair_start, b.pair_stop)
-            first, second = _hidden(receiver[rows], sender[rows], edge[pairs], w3, low_w2, low_b2, b)
-            m = silu(second)
-            if reduce == "score":
-                d_score = grad[pairs]
-                d_m = torch.outer(d_score, head)
-            else:
-                d_m, d_score = _reduce_backward(grad[rows], m, low_head, head_bias, b, reduce)
-            if d_score is not None:
-                d_head += torch.mv(m.t(), d_score.to(dtype))
-                d_bias += d_score.sum() if reduce == "attend" else 0
-            d_second = silu_backward(d_m.to(dtype), second)
-            d_w2 += d_second.t() @ silu(first).to(dtype)
-            d_b2 += d_second.sum(0)
-            d_first = silu_backward((d_second @ low_w2).to(first.dtype), first)
-            d_w3.addmm_(edge[pairs].t(), d_first)
-            torch.mm(d_first, w3.t(), out=d_edge[pairs])
-            square = d_first.view(b.graphs, b.size, b.size, f)
-            d_nodes[rows, :f] = square.sum(2).view(-1, f)
-            d_nodes[rows, f:] = square.sum(1).view(-1, f)
-        return d_nodes, d_edge, d_w3, d_w2, d_b2, d_head, d_bias, None, None, None
+            pair_weight = _pair_weight(b, grad.dtype)
+            square = (b.graphs, b.size, f)
+            part = grad[pairs] if ctx.reduce == "score" else grad[rows]
+            d_nodes[rows, :f], d_nodes[rows, f:], d_edge[pairs], d_weights = backward_block(
+                part,
+                receiver[rows].view(square),
+                sender[rows].view(square),
+                edge[pairs],
+                pair_weight,
+                weights,
+                ctx.reduce,
+            )
+            for total, d_weight in zip(totals, d_weights, strict=True):
+                total += d_weight
+        return d_nodes, d_edge, *totals, None, None, None
 
 
-def _reduce_backward(
-    grad: Tensor, m: Tensor, head: Tensor, head_bias: Tensor, block: Block, reduce: str
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of sum_j a_ij m_ij with respect to m (pairs, F) and, with attention, to its score (pairs,)."""
-    f, n = m.shape[1], block.size
-    weight = block.pair_weight.to(grad.dtype).expand(block.graphs, n, n)
+@cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_GRAPHS)
+    return torch.compile(function, dynamic=True)
+
+
+def _pair_weight(block: Block, dtype: torch.dtype) -> Tensor:
+    """(graphs, n, n)."""
+    return block.pair_weight.to(dtype).expand(block.graphs, block.size, block.size)
+
+
+# In the functions of a block all shapes are products of g, n and F, without -1 and without division: torch.compile
+# takes minutes to prove what a division gives.
+
+
+def _first_layer(receiver: Tensor, sender: Tensor, edge: Tensor, w3: Tensor) -> Tensor:
+    """Pre-activation of the factorised first layer for one block, (pairs, F)."""
+    g, n, f = receiver.shape
+    return (receiver.view(g, n, 1, f) + sender.view(g, 1, n, f)).view(g * n * n, f).addmm_(edge, w3)
+
+
+def _forward_block(
+    receiver: Tensor, sender: Tensor, edge: Tensor, pair_weight: Tensor, weights: EdgeWeights, reduce: str
+) -> Tensor:
+    """One block of g molecules: receiver, sender (g, n, F), edge (g n n, n_e), pair_weight (g, n, n)."""
+    w3, w2, b2, head, head_bias = weights
+    g, n, f = receiver.shape
+    # in place, because that is as little memory as possible and no gradient passes here
+    first = silu(_first_layer(receiver, sender, edge, w3), inplace=True).to(w2.dtype)
+    m = silu(torch.addmm(b2, first, w2.t()), inplace=True)
+    if reduce == "score":
+        return torch.mv(m, head).to(receiver.dtype)
+    if reduce == "attend":
+        pair_weight = torch.sigmoid(torch.mv(m, head).to(pair_weight.dtype) + head_bias).view(g, n, n) * pair_weight
+    total = torch.bmm(pair_weight.to(m.dtype).reshape(g * n, 1, n), m.view(g * n, n, f))
+    return total.view(g * n, f).to(receiver.dtype)
+
+
+def _backward_block(
+    grad: Tensor,
+    receiver: Tensor,
+    sender: Tensor,
+    edge: Tensor,
+    pair_weight: Tensor,
+    weights: EdgeWeights,
+    reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, EdgeWeights]:
+    """Gradients of receiver and sender (g n, F), of edge (pairs, n_e) and of the weights, for grad of the result."""
+    w3, w2, b2, head, head_bias = weights
+    g, n, f = receiver.shape
+    silu_backward = torch.ops.aten.silu_backward
+    first = _first_layer(receiver, sender, edge, w3)
+    activation = silu(first).to(w2.dtype)
+    second = torch.addmm(b2, activation, w2.t())
+    m = silu(second)
     if reduce == "sum":
-        return torch.bmm(weight.reshape(-1, n, 1), grad.view(-1, 1, f)).view(-1, f), None
+        d_m, d_score = _outer(pair_weight, grad), None
+    elif reduce == "score":
+        d_m, d_score = torch.outer(grad, head.to(grad.dtype)), grad
+    else:
+        d_m, d_score = _attend_backward(grad, m, pair_weight, head, head_bias)
+    d_head = torch.zeros_like(head) if d_score is None else torch.mv(m.t(), d_score.to(m.dtype))
+    d_bias = d_score.sum() if d_score is not None and reduce == "attend" else torch.zeros_like(head_bias)
+    d_second = silu_backward(d_m.to(w2.dtype), second)
+    d_w2 = d_second.t() @ activation
+    d_first = silu_backward((d_second @ w2).to(first.dtype), first)
+    square = d_first.view(g, n, n, f)
+    d_weights = EdgeWeights(edge.t() @ d_first, d_w2, d_second.sum(0), d_head, d_bias)
+    return square.sum(2).view(g * n, f), square.sum(1).view(g * n, f), d_first @ w3.t(), d_weights
+
+
+def _outer(pair_weight: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of sum_j a_ij m_ij with respect to m: a (g, n, n), grad (g n, F) -> (g n n, F)."""
+    g, n, _ = pair_weight.shape
+    f = grad.shape[1]
+    return torch.bmm(pair_weight.reshape(g * n, n, 1), grad.reshape(g * n, 1, f)).view(g * n * n, f)
+
+
+def _attend_backward(
+    grad: Tensor, m: Tensor, pair_weight: Tensor, head: Tensor, head_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the attended sum with respect to m (pairs, F) and to the score (pairs,)."""
+    g, n, _ = pair_weight.shape
+    f = m.shape[1]
     gate = torch.sigmoid(torch.mv(m, head).to(grad.dtype) + head_bias)
-    attention = gate.view(weight.shape) * weight
-    d_attention = torch.bmm(m.view(-1, n, f), grad.to(m.dtype).view(-1, f, 1)).view(weight.shape).to(grad.dtype)
-    d_score = (d_attention * weight).reshape(-1) * gate * (1 - gate)
-    d_m = torch.bmm(attention.reshape(-1, n, 1), grad.view(-1, 1, f)).view(-1, f)
-    return d_m.addr_(d_score, head.to(grad.dtype)), d_score
+    d_attention = torch.bmm(m.view(g * n, n, f), grad.to(m.dtype).reshape(g * n, f, 1)).view(g * n * n).to(grad.dtype)
+    d_score = d_attention * pair_weight.reshape(g * n * n) * gate * (1 - gate)
+    d_m = _outer(gate.view(g, n, n) * pair_weight, grad)
+    return torch.addr(d_m, d_score, head.to(grad.dtype)), d_score

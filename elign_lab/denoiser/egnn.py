@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from elign_lab.denoiser.edges import EdgeMLP
+from elign_lab.denoiser.edges import EdgeMLP, EdgeOptions
 from elign_lab.denoiser.layout import Layout
 
 COORDINATE_RANGE = 15.0  # Angstrom a block, the value that EDM uses (it is not divided by the number of blocks)
@@ -37,7 +37,7 @@ class EdgeNetwork(nn.Module):
         head: Tensor,
         head_bias: Tensor,
         reduce: str,
-        dtype: torch.dtype | None,
+        options: EdgeOptions,
     ) -> Tensor:
         """h (rows, F), edge (pairs, n_e) -> see EdgeMLP."""
         f = h.shape[1]
@@ -46,7 +46,7 @@ class EdgeNetwork(nn.Module):
         nodes = torch.cat([torch.addmm(self.first.bias, h, w[:, :f].t()), h @ w[:, f : 2 * f].t()], 1)
         w3 = w[:, 2 * f :].t().contiguous()
         return EdgeMLP.apply(
-            nodes, edge, w3, self.second.weight, self.second.bias, head, head_bias, layout, reduce, dtype or h.dtype
+            nodes, edge, w3, self.second.weight, self.second.bias, head, head_bias, layout, reduce, options
         )
 
 
@@ -59,16 +59,14 @@ class MessageLayer(nn.Module):
         self.node = nn.Sequential(nn.Linear(2 * features, features), nn.SiLU(), nn.Linear(features, features))
         self.attention = nn.Linear(features, 1) if attention else None
 
-    def forward(
-        self, h: Tensor, edge: Tensor, layout: Layout, normalization: float, dtype: torch.dtype | None
-    ) -> Tensor:
+    def forward(self, h: Tensor, edge: Tensor, layout: Layout, normalization: float, options: EdgeOptions) -> Tensor:
         """h (rows, F), edge (pairs, n_e) -> updated h."""
         if self.attention is None:
             zero = h.new_zeros(())
-            total = self.edge(h, edge, layout, h.new_zeros(h.shape[1]), zero, "sum", dtype)
+            total = self.edge(h, edge, layout, h.new_zeros(h.shape[1]), zero, "sum", options)
         else:
             head, bias = self.attention.weight.view(-1), self.attention.bias.view(())
-            total = self.edge(h, edge, layout, head, bias, "attend", dtype)
+            total = self.edge(h, edge, layout, head, bias, "attend", options)
         return h + self.node(torch.cat([h, total / normalization], 1))
 
 
@@ -90,10 +88,10 @@ class CoordinateLayer(nn.Module):
         edge: Tensor,
         layout: Layout,
         normalization: float,
-        dtype: torch.dtype | None,
+        options: EdgeOptions,
     ) -> Tensor:
         """h (rows, F), x (rows, 3), direction u (pairs, 3), edge (pairs, n_e) -> updated x."""
-        p = self.edge(h, edge, layout, self.out.weight.view(-1), h.new_zeros(()), "score", dtype)
+        p = self.edge(h, edge, layout, self.out.weight.view(-1), h.new_zeros(()), "score", options)
         if self.tanh:
             p = torch.tanh(p) * COORDINATE_RANGE
         p = p * layout.pair_weight.to(p.dtype)
@@ -114,7 +112,8 @@ class EGNN(nn.Module):
     """Noise prediction on packed rows.
 
     inputs: size of [z_h, t/T, context]; outputs: its columns come back through embedding_out. `dtype` (for example
-    torch.bfloat16) is the precision of the large matrix products; None keeps that of the weights.
+    torch.bfloat16) is the precision of the large matrix products; None keeps that of the weights. With `compiled` the
+    functions of the pairs go through torch.compile, which is meant for CUDA: on a CPU it did not pay.
     """
 
     def __init__(
@@ -146,13 +145,14 @@ class EGNN(nn.Module):
             EquivariantBlock(features, edge_features, sublayers, attention, tanh) for _ in range(layers)
         )
         self.dtype: torch.dtype | None = None
+        self.compiled = False
 
     def forward(self, x: Tensor, h: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x (rows, 3), h (rows, inputs) -> coordinates after all blocks (rows, 3), features (rows, inputs)."""
         # EDM's mean divides by the padded number of atoms, so that its result depends on the padding
         normalization = self.normalization_factor if self.aggregation == "sum" else float(layout.shape[1])
         h = self.embedding(h)
-        d0 = None
+        d0, options = None, EdgeOptions(self.dtype, self.compiled)
         for block in self.blocks:
             difference = x[layout.receiver] - x[layout.sender]
             squared = difference.square().sum(1, keepdim=True)
@@ -161,8 +161,8 @@ class EGNN(nn.Module):
             d0 = distance if d0 is None else d0
             edge = torch.cat([distance, d0], 1)
             for layer in block.messages:
-                h = layer(h, edge, layout, normalization, self.dtype)
-            x = block.coordinates(h, x, direction, edge, layout, normalization, self.dtype)
+                h = layer(h, edge, layout, normalization, options)
+            x = block.coordinates(h, x, direction, edge, layout, normalization, options)
         return x, self.embedding_out(h)
 
 
@@ -208,6 +208,6 @@ class GNN(nn.Module):
         row_weight = layout.pack(weight)
         edge = rows.new_zeros(layout.pairs, 0)
         for layer in self.messages:
-            rows = layer(rows, edge, layout, normalization, None) * row_weight
+            rows = layer(rows, edge, layout, normalization, EdgeOptions()) * row_weight
         out = layout.unpack(self.embedding_out(rows))
         return out[..., :3], out[..., 3:]

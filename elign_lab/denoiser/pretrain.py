@@ -49,6 +49,7 @@ class PretrainConfig:
     ema_decay: float = 0.9995
     normalize: str = "molecule"  # see Denoiser.training_loss
     bfloat16: bool = False  # precision of the large matrix products; weights and sums stay float32
+    compile: bool = False  # torch.compile of the edge network, for a GPU
     seed: int = 0
     log_every: int = 50
     validate_every: int = 1_000
@@ -98,6 +99,7 @@ def pretrain(
     torch.manual_seed(config.seed)  # initial weights: PyTorch's initialisers take no generator
     model = Denoiser(config.model).with_size_histogram(train.size_histogram()).to(accelerator.device)
     model.network.dtype = torch.bfloat16 if config.bfloat16 else None
+    model.network.compiled = config.compile
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
@@ -210,8 +212,8 @@ def _resume(
     ema: ExponentialMovingAverage,
 ) -> tuple[int, float]:
     state: dict[str, Any] = load_state(path)
-    # what changes the numbers must be the same; the length of the run and the logging may change
-    free = {"steps", "decay", "log_every", "validate_every", "checkpoint_every", "root"}
+    # what changes the numbers must be the same; the length of the run, the logging and the rounding may change
+    free = {"steps", "decay", "compile", "log_every", "validate_every", "checkpoint_every", "root"}
     require_same_run(path, state["config"], config, free)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout, NoiseSchedule
-from elign_lab.denoiser.edges import EdgeMLP
+from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout, NoiseSchedule, edges
+from elign_lab.denoiser.edges import EdgeMLP, EdgeOptions
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.testing import Tolerance, assert_equivariant, equivariance_errors
 
@@ -153,7 +153,7 @@ def test_edge_mlp_gradcheck():
     for reduce in ("sum", "attend", "score"):
         head, bias = tensor(f), tensor()
         assert torch.autograd.gradcheck(
-            lambda *a, r=reduce: EdgeMLP.apply(*a, layout, r, torch.float64), (*inputs, head, bias)
+            lambda *a, r=reduce: EdgeMLP.apply(*a, layout, r, EdgeOptions()), (*inputs, head, bias)
         )
 
 
@@ -165,6 +165,26 @@ def test_bfloat16_products_stay_close(batch):
     low = model.eps(z, t, batch.mask)
     error = float((low - exact).norm() / exact.norm())
     assert 1e-5 < error < 0.1  # bfloat16 has 3 digits, and these weights blow the coordinate update up
+
+
+def test_compiled_blocks_give_the_same_numbers(monkeypatch):
+    compile_ = torch.compile
+    # the graphs of torch.compile without the code that it would generate for them, which takes longer
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
+    edges._compile.cache_clear()
+    layout, f = Layout(torch.ones(3, 7, dtype=torch.bool)), 16
+    g = torch.Generator().manual_seed(0)
+    shapes = ((layout.rows, 2 * f), (layout.pairs, 2), (2, f), (f, f), (f,), (f,), ())
+    values = [torch.randn(shape, generator=g) for shape in shapes]
+    results = []
+    for compiled in (False, True):
+        inputs = [v.clone().requires_grad_() for v in values]
+        out = EdgeMLP.apply(*inputs, layout, "attend", EdgeOptions(compiled=compiled))
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert edges._compile.cache_info().currsize == 2
+    edges._compile.cache_clear()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
 
 
 def test_bad_input_is_named(batch):
