@@ -1,0 +1,57 @@
+"""The bundled evidence: the file, and two of its DFT results computed again."""
+
+import numpy as np
+import pytest
+import torch
+
+from elign_lab import load_oracle
+from elign_lab.evaluation import physics
+from elign_lab.evaluation.evidence import EVIDENCE, Evidence
+from elign_lab.molecules import MoleculeBatch
+
+
+def make() -> Evidence:
+    batches = (MoleculeBatch.from_smiles(["O", "CO"]), MoleculeBatch.from_smiles(["N", "C"]))
+    values = np.arange(8.0).reshape(2, 2, 2)
+    values[1, 1, 1] = np.nan
+    status = np.where(np.isnan(values), "SCF did not converge", "ok")
+    return Evidence(("base", "aligned"), ("xtb", "dft"), batches, values, values + 1, status)
+
+
+def test_a_saved_file_is_read_back(tmp_path):
+    made = make()
+    read = Evidence.load(made.save(tmp_path / "evidence.npz"))
+    assert (read.models, read.oracles) == (made.models, made.oracles)
+    for a, b in zip(read.molecules, made.molecules, strict=True):
+        for i in range(2):
+            (numbers, positions), (expected_numbers, expected) = a.arrays()[i], b.arrays()[i]
+            assert np.array_equal(numbers, expected_numbers)
+            assert np.array_equal(positions, expected.astype(np.float32))
+    np.testing.assert_array_equal(read.of("aligned", "dft")[0], [6.0, np.nan])
+    assert (read.failures("aligned", "dft"), read.failures("base", "dft")) == (1, 0)
+
+
+def test_bad_requests_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no oracle 'uma' in the evidence: expected one of xtb, dft"):
+        make().of("base", "uma")
+    with pytest.raises(FileNotFoundError, match="make_evidence"):
+        Evidence.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", models=np.array(["a"]))
+    with pytest.raises(ValueError, match="not an evidence file"):
+        Evidence.load(tmp_path / "other.npz")
+
+
+@pytest.mark.skipif(not EVIDENCE.exists(), reason="no bundled evidence yet")
+def test_two_molecules_are_computed_again():
+    evidence = Evidence.load()
+    dft, xtb = load_oracle("dft", workers=1), load_oracle("xtb", workers=1)
+    for model, batch in zip(evidence.models, evidence.molecules, strict=True):
+        ok = evidence.status[evidence.models.index(model), evidence.oracles.index("dft")] == "ok"
+        smallest = int(torch.where(torch.from_numpy(ok), batch.sizes, 10**6).argmin())
+        for name, oracle in (("dft", dft), ("xtb", xtb)):
+            again = physics(batch[[smallest]].to(dtype=torch.float64), oracle)
+            energy, force = evidence.of(model, name)
+            assert float(again.energy_per_atom) == pytest.approx(energy[smallest], abs=2e-5)
+            assert float(again.f_rms) == pytest.approx(force[smallest], abs=2e-4)
+    dft.close()
+    xtb.close()
