@@ -1,0 +1,97 @@
+"""Compositions: what the atoms of a molecule are, from a formula or from the distribution of the training set."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from elign_lab.molecules import atomic_number, symbol
+
+if TYPE_CHECKING:
+    from elign_lab.datasets import MoleculeDataset
+
+_TERM = re.compile(r"([A-Z][a-z]?)(\d*)")
+# heavy atoms first, as in the data sets; the order has no meaning for the model
+_LAST = 1
+
+
+def parse_formula(formula: str) -> tuple[int, ...]:
+    """Atomic numbers of a formula such as 'C2H6O', heavy atoms first.
+
+    Raises ValueError when the text is not a formula, names an unknown element, is a single atom, or has an odd number
+    of electrons (no closed-shell molecule has it).
+    """
+    text = formula.strip()
+    if not text or _TERM.sub("", text):
+        raise ValueError(f"{formula!r} is not a formula: expected element symbols with counts, such as 'C2H6O'")
+    counts: Counter[int] = Counter()
+    for element, count in _TERM.findall(text):
+        counts[atomic_number(element)] += int(count or 1)
+    numbers = tuple(z for z in sorted(counts, key=lambda z: (z == _LAST, z)) for _ in range(counts[z]))
+    if len(numbers) < 2:
+        raise ValueError(f"{formula!r} has {len(numbers)} atoms: a structure needs 2 or more")
+    check_closed_shell(numbers, repr(formula))
+    return numbers
+
+
+def check_closed_shell(numbers: Sequence[int], what: str) -> None:
+    """Raise ValueError when the neutral molecule has an odd number of electrons; `what` names it in the message."""
+    if sum(numbers) % 2:
+        raise ValueError(
+            f"{what} has {sum(numbers)} electrons, an odd number, so no neutral closed-shell molecule has it: "
+            "add or remove one hydrogen"
+        )
+
+
+def check_elements(numbers: Iterable[int], elements: Sequence[int], max_atoms: int) -> None:
+    """Raise ValueError for an element that the model does not know, or for too many atoms."""
+    numbers = list(numbers)
+    foreign = sorted(set(numbers) - set(elements))
+    if foreign:
+        names, known = (", ".join(symbol(z) for z in group) for group in (foreign, elements))
+        raise ValueError(f"the composition has {names}, which the model was not trained on: it knows {known}")
+    if len(numbers) > max_atoms:
+        raise ValueError(f"the composition has {len(numbers)} atoms, over the model's limit of {max_atoms}")
+
+
+def formula_of(numbers: Iterable[int]) -> str:
+    """Formula of atomic numbers in Hill order, such as 'C2H6O'."""
+    counts = Counter(chemical_symbols[z] for z in numbers)
+    order = [s for s in ("C", "H") if s in counts] if "C" in counts else []
+    order += sorted(s for s in counts if s not in order)
+    return "".join(s + (str(counts[s]) if counts[s] > 1 else "") for s in order)
+
+
+def composition_counts(data: MoleculeDataset) -> tuple[tuple[str, int], ...]:
+    """Formulas of a data set and how often each occurs, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for start, size in zip(data.starts.tolist(), data.sizes.tolist(), strict=True):
+        counts[formula_of(np.sort(data.numbers[start : start + size]).tolist())] += 1
+    return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def draw_compositions(
+    counts: Sequence[tuple[str, int]], n: int, generator: torch.Generator | None = None
+) -> list[tuple[int, ...]]:
+    """n compositions (atomic numbers) from formulas with counts. Raises ValueError when there are none."""
+    if not counts:
+        raise ValueError("the model has no compositions to draw from: give them, for example ['C2H6O']")
+    share = torch.tensor([float(count) for _, count in counts])
+    chosen = torch.multinomial(share, n, replacement=True, generator=generator).tolist()
+    return [parse_formula(counts[k][0]) for k in chosen]
+
+
+def pad_compositions(compositions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Atomic numbers of molecules -> numbers (B, N) int64 and mask (B, N), padded."""
+    longest = max(map(len, compositions))
+    numbers = torch.zeros(len(compositions), longest, dtype=torch.long)
+    for row, atoms in zip(numbers, compositions, strict=True):
+        row[: len(atoms)] = torch.tensor(list(atoms))
+    return numbers, numbers > 0

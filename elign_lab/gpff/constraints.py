@@ -1,0 +1,184 @@
+"""Constraints on generated structures: frozen atoms, kept distances, regions that no atom may enter.
+
+They act on one molecule (all structures of a batch are copies of it) by projection: of the start, of the noise, and of
+every update. Frozen atoms anchor the frame: the clean estimate of the network, which has no place of its own, is laid
+over them before they are put back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from ase.data import vdw_radii
+from torch import Tensor
+
+SWEEPS = 200
+TOLERANCE = 1e-4  # Angstrom, of distances and of regions; frozen atoms are exact
+_FREE_WEIGHT = 1e-3  # of the free atoms in laying a structure over the frozen ones: fixes what those leave open
+
+
+@dataclass(frozen=True)
+class Sphere:
+    """A region that no free atom may enter: centre and radius in Angstrom."""
+
+    centre: tuple[float, float, float]
+    radius: float
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise ValueError(f"the radius of a forbidden sphere must be positive, got {self.radius} Angstrom")
+
+
+def pocket(numbers: Sequence[int], positions: Tensor, scale: float = 1.0) -> tuple[Sphere, ...]:
+    """Forbidden spheres around fixed atoms: `scale` times the van der Waals radii (ASE's table); positions (M, 3)."""
+    radii = [float(vdw_radii[int(z)]) for z in numbers]
+    for z, radius in zip(numbers, radii, strict=True):
+        if not radius > 0:
+            raise ValueError(f"no van der Waals radius is known for atomic number {int(z)}: give Spheres instead")
+    centres = torch.as_tensor(positions).tolist()
+    return tuple(Sphere((c[0], c[1], c[2]), scale * r) for c, r in zip(centres, radii, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Constraints:
+    """What must hold for every structure of a batch.
+
+    reference (N, 3) in Angstrom: where the frozen atoms are; frozen: their indices; distances: (i, j, Angstrom);
+    forbidden: spheres, in the frame of the reference. Raises ValueError for indices out of range, all atoms frozen,
+    frozen atoms that break a distance or lie in a sphere, and distances that cannot hold together.
+    """
+
+    reference: Tensor
+    frozen: tuple[int, ...] = ()
+    distances: tuple[tuple[int, int, float], ...] = ()
+    forbidden: tuple[Sphere, ...] = ()
+
+    def __post_init__(self) -> None:
+        reference = torch.as_tensor(self.reference)
+        object.__setattr__(self, "reference", reference)
+        n = len(reference)
+        if reference.dim() != 2 or reference.shape[1] != 3 or not bool(torch.isfinite(reference).all()):
+            raise ValueError(f"reference must be finite positions (N, 3) in Angstrom, got {tuple(reference.shape)}")
+        for index in (*self.frozen, *(k for i, j, _ in self.distances for k in (i, j))):
+            if not 0 <= index < n:
+                raise ValueError(f"atom {index} is constrained, but the molecule has atoms 0 to {n - 1}")
+        if len(set(self.frozen)) == n:
+            raise ValueError(f"all {n} atoms are frozen, so nothing is left to generate: leave at least one free")
+        self._check_pairs()
+        self._check_frozen()
+        gap = self.violation(self.project(reference.double().unsqueeze(0)))
+        if gap > 10 * TOLERANCE:
+            raise ValueError(
+                f"the constraints contradict each other: the nearest structure breaks one by {gap:.3f} Angstrom; "
+                "check the distances for the triangle inequality, and those to frozen atoms and regions"
+            )
+
+    @classmethod
+    def keep_distances(
+        cls, reference: Tensor, pairs: Iterable[tuple[int, int]], frozen: Iterable[int] = ()
+    ) -> Constraints:
+        """Constraints that keep the distances of pairs of atoms as they are in the reference (N, 3)."""
+        x = torch.as_tensor(reference)
+        distances = tuple((i, j, float((x[i] - x[j]).norm())) for i, j in pairs)
+        return cls(x, frozen=tuple(frozen), distances=distances)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the constraints have a place in space, so that structures are not centred."""
+        return bool(self.frozen or self.forbidden)
+
+    @property
+    def free(self) -> Tensor:
+        """(N,) bool: atoms that are not frozen."""
+        free = torch.ones(len(self.reference), dtype=torch.bool, device=self.reference.device)
+        free[list(self.frozen)] = False
+        return free
+
+    def project(self, x: Tensor) -> Tensor:
+        """The positions x (B, N, 3), changed so that all constraints hold (sweeps over the distances and regions)."""
+        x = self._put_back(x)
+        if not self.distances and not self.forbidden:
+            return x
+        mobility = self.free.to(x)
+        for _ in range(SWEEPS):
+            for i, j, distance in self.distances:
+                self._restore(x, i, j, distance, mobility)
+            for sphere in self.forbidden:
+                self._push_out(x, sphere, mobility)
+            if self.violation(x) < TOLERANCE:
+                break
+        return x
+
+    def violation(self, x: Tensor) -> float:
+        """Largest error of a distance, or depth of a free atom in a region, in Angstrom; x (B, N, 3)."""
+        gaps = [((x[:, i] - x[:, j]).norm(dim=-1) - d).abs().max() for i, j, d in self.distances]
+        free = self.free
+        for sphere in self.forbidden:
+            depth = sphere.radius - (x[:, free] - torch.tensor(sphere.centre).to(x)).norm(dim=-1)
+            gaps.append(depth.max().clamp(min=0))
+        return float(torch.stack(gaps).max()) if gaps else 0.0
+
+    def lay_over(self, structure: Tensor, x: Tensor) -> Tensor:
+        """Move and turn each structure (B, N, 3) as a whole so that its frozen atoms lie on those of x (B, N, 3)."""
+        if not self.frozen:
+            return structure
+        weight = torch.where(self.free, _FREE_WEIGHT, 1.0).to(x).view(1, -1, 1)
+        weight = weight / weight.sum()
+        centre, goal = (weight * structure).sum(1, keepdim=True), (weight * x).sum(1, keepdim=True)
+        covariance = ((structure - centre) * weight).transpose(1, 2) @ (x - goal)
+        finite = torch.isfinite(covariance).all(-1).all(-1).view(-1, 1, 1)  # a diverged structure stays as it is
+        u, _, vh = torch.linalg.svd(torch.where(finite, covariance, torch.eye(3).to(x)))
+        # proper rotations only: a mirrored estimate does not fit the atoms that stay
+        sign = torch.ones(len(x), 3).to(x)
+        sign[:, 2] = torch.linalg.det(u @ vh).sign()
+        return (structure - centre) @ (u * sign.unsqueeze(1) @ vh) + goal
+
+    def _put_back(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        frozen = list(self.frozen)
+        x[:, frozen] = self.reference[frozen].to(x)
+        return x
+
+    def _restore(self, x: Tensor, i: int, j: int, distance: float, mobility: Tensor) -> None:
+        total = mobility[i] + mobility[j]
+        if total == 0:
+            return
+        difference = x[:, i] - x[:, j]
+        length = difference.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        correction = (distance / length - 1) * difference / total
+        x[:, i] += mobility[i] * correction
+        x[:, j] -= mobility[j] * correction
+
+    def _push_out(self, x: Tensor, sphere: Sphere, mobility: Tensor) -> None:
+        difference = x - torch.tensor(sphere.centre).to(x)
+        length = difference.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        outward = (sphere.radius / length - 1).clamp(min=0) * difference
+        x += outward * mobility.view(1, -1, 1)
+
+    def _check_pairs(self) -> None:
+        seen: dict[frozenset[int], float] = {}
+        for i, j, distance in self.distances:
+            if i == j or not distance > 0:
+                raise ValueError(f"distance ({i}, {j}, {distance}): expected two different atoms and a positive length")
+            pair = frozenset((i, j))
+            if abs(seen.setdefault(pair, distance) - distance) > TOLERANCE:
+                raise ValueError(f"atoms {i} and {j} have two distances, {seen[pair]} and {distance}: expected one")
+
+    def _check_frozen(self) -> None:
+        frozen = set(self.frozen)
+        for i, j, distance in self.distances:
+            actual = float((self.reference[i] - self.reference[j]).norm())
+            if i in frozen and j in frozen and abs(actual - distance) > TOLERANCE:
+                raise ValueError(
+                    f"atoms {i} and {j} are frozen {actual:.4f} Angstrom apart, but their distance is to be "
+                    f"{distance:.4f}: free one of them, or drop the distance"
+                )
+        for sphere in self.forbidden:
+            for k in sorted(frozen):
+                if float((self.reference[k] - torch.tensor(sphere.centre).to(self.reference)).norm()) < sphere.radius:
+                    raise ValueError(
+                        f"frozen atom {k} lies in the forbidden sphere at {sphere.centre} with radius {sphere.radius}: "
+                        "free the atom, or make the sphere smaller"
+                    )

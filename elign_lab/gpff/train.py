@@ -1,0 +1,298 @@
+"""Training of pseudo-force fields on equilibria that are perturbed on the fly: resumable, in one process or several.
+
+Loss of a molecule with N atoms at noise level sigma, for the force F^ that the network predicts (hat: prediction):
+
+    w(sigma) |F^ - F|^2 / (4 * 3 (N - 1)),        w(sigma) = 1 / (sigma^2 + floor^2) + 1 / sigma_d^2
+
+|F^ - F| / 2 is the error of x0_hat. If molecules were Gaussian clouds of spread sigma_d, the best possible error of
+x0_hat per degree of freedom would be sigma^2 sigma_d^2 / (sigma^2 + sigma_d^2), of which w is the inverse at floor = 0:
+with this weight every noise level has the same loss, 1, before anything but the spread is known, and sigma log-uniform
+gives every decade the same share of the gradient. (Without a weight the largest decade would have 10^4 times the loss
+of the smallest.) The floor is the accuracy beyond which nothing is gained, below the length of the zero-point motion;
+without it, the levels under the accuracy of the network would drown the others.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from elign_lab.datasets import BatchSampler, MoleculeDataset, load_dataset
+from elign_lab.gpff.compositions import composition_counts
+from elign_lab.gpff.model import GPFFConfig, PseudoForceField, save_force_field
+from elign_lab.gpff.pseudo_forces import EXCHANGE_FROM, draw_sigma, nearest_image, partial_noise, perturb
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.training import (
+    ExponentialMovingAverage,
+    JsonLines,
+    StopRequest,
+    any_process,
+    average_gradients,
+    load_state,
+    require_same_run,
+    save_state,
+    step_generator,
+    warmup_hold_decay,
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run. Lengths in Angstrom.
+
+    floor: see the module; partial: share of the molecules in which a part of the atoms stays in place, as in growing a
+    group; rotate, exchange: whether the target is the nearest image of the reference under rotation and under exchange
+    of identical atoms, or the copy that the noise was added to.
+    """
+
+    model: GPFFConfig = field(default_factory=GPFFConfig)
+    dataset: str = "bundled"
+    geometry: str | None = None  # of the bundled set: 'xtb' (default) or 'mmff94'
+    root: str | None = None  # folder of QM9 or GEOM-Drugs
+    steps: int = 60_000
+    batch_size: int = 64  # over all processes
+    learning_rate: float = 2e-3
+    warmup: int = 500
+    decay: int = 15_000  # steps of the linear decay at the end
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    floor: float = 0.03
+    partial: float = 0.2
+    rotate: bool = True
+    exchange: bool = True
+    seed: int = 0
+    log_every: int = 100
+    validate_every: int = 1_000
+    checkpoint_every: int = 500
+
+
+def gpff_mini() -> TrainConfig:
+    """The small model that comes with the package."""
+    return TrainConfig()
+
+
+def gpff_mini_conservative() -> TrainConfig:
+    """The small model with an energy, whose gradient is the force; about three times the cost of a step."""
+    return TrainConfig(model=GPFFConfig(variant="conservative"))
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "gpff_mini": gpff_mini,
+    "gpff_mini_conservative": gpff_mini_conservative,
+}
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    max_seconds: float | None = None,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> PseudoForceField:
+    """Train a pseudo-force field, or continue the run in folder `out`; returns the averaged (EMA) model.
+
+    Writes out/checkpoint.pt (weights, optimiser, average, step), out/log.jsonl (with the loss of each decade of noise)
+    and out/model.safetensors (the average). Stops after max_seconds or on Ctrl-C with a checkpoint, and resumes to the
+    same numbers. Raises ValueError when the run in `out` has other settings.
+    """
+    out = Path(out)
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    options = {"geometry": config.geometry} if config.geometry else {}
+    data = load_dataset(config.dataset, split="train", root=config.root, **options)
+    validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # PyTorch's initialisers take no generator
+        model = PseudoForceField(replace(config.model, compositions=composition_counts(data)))
+    model = model.to(accelerator.device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    ema = ExponentialMovingAverage(parameters, config.ema_decay)
+    step, seconds = 0, 0.0
+    if (out / "checkpoint.pt").exists():
+        step, seconds = _resume(out / "checkpoint.pt", config, model, optimizer, ema)
+    log = JsonLines(out / "log.jsonl", "step", step) if accelerator.is_main_process else None
+    batches = BatchSampler(data.sizes, config.batch_size, config.seed).stream(step)
+
+    def checkpoint() -> None:
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "config": asdict(config),
+            "step": step,
+            "seconds": seconds,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict(),
+        }
+        save_state(out / "checkpoint.pt", state)
+        ema.swap(parameters)
+        save_force_field(model, out / "model.safetensors")
+        ema.swap(parameters)
+
+    hidden = not (progress and accelerator.is_main_process)
+    bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=hidden)
+    started, before = time.monotonic(), seconds
+    curve = DecadeMeans(config.model)
+    with bar, StopRequest() as stop:
+        while step < config.steps:
+            factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+            norm = _train_step(
+                model, data.batch(next(batches)), step, config, accelerator, optimizer, parameters, curve
+            )
+            ema.update(parameters)
+            step += 1
+            seconds = before + time.monotonic() - started
+            bar.update()
+            if step % config.log_every == 0:
+                row = {"step": step - 1, **curve.take(accelerator), "grad_norm": float(norm), "lr_factor": factor}
+                if step % config.validate_every == 0:
+                    ema.swap(parameters)
+                    row["validation"] = errors(model, validation)
+                    ema.swap(parameters)
+                if log is not None:
+                    log.write({**row, "seconds": round(seconds, 1)})
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if step % config.checkpoint_every == 0:
+                checkpoint()
+            late = max_seconds is not None and time.monotonic() - started > max_seconds
+            if any_process(accelerator, late or stop.requested):
+                bar.write(f"stopped at step {step}: run the same command again to continue")
+                break
+    checkpoint()
+    ema.swap(parameters)
+    return model.eval()
+
+
+class DecadeMeans:
+    """Running means of the loss, in all and by decade of the noise level."""
+
+    def __init__(self, config: GPFFConfig) -> None:
+        self.first = math.floor(math.log10(config.sigma_min))
+        self.names = decades(config)
+        self.sums = torch.zeros(2, len(self.names))
+
+    def add(self, sigma: Tensor, loss: Tensor) -> None:
+        """Add the losses (B,) of molecules at noise levels (B,)."""
+        decade = (sigma.log10().floor().long() - self.first).clamp(0, len(self.names) - 1).cpu()
+        self.sums[0].index_add_(0, decade, loss.detach().cpu())
+        self.sums[1].index_add_(0, decade, torch.ones(len(decade)))
+
+    def take(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The means since the last call, over all processes."""
+        total, count = accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
+        self.sums.zero_()
+        means = (total / count).tolist()
+        by_decade = {name: mean for name, mean, n in zip(self.names, means, count.tolist(), strict=True) if n}
+        return {"loss": float(total.sum() / count.sum()), "decades": by_decade}
+
+
+def decades(config: GPFFConfig) -> list[str]:
+    """Names of the decades of noise between sigma_min and sigma_max, such as '0.1-1'."""
+    first, last = math.floor(math.log10(config.sigma_min)), math.ceil(math.log10(config.sigma_max))
+    return [f"{10.0**k:g}-{10.0 ** (k + 1):g}" for k in range(first, last)]
+
+
+def weight(sigma: Tensor, spread: float, floor: float) -> Tensor:
+    """Weight of the squared error of x0_hat, in 1/Angstrom^2: 1 / (sigma^2 + floor^2) + 1 / spread^2."""
+    return 1 / (sigma.square() + floor**2) + 1 / spread**2
+
+
+def loss_per_molecule(
+    model: PseudoForceField, batch: MoleculeBatch, x: Tensor, image: Tensor, sigma: Tensor, floor: float
+) -> Tensor:
+    """Weighted squared error of the pseudo-force, (B,); see the module. x, image (B, N, 3), sigma (B,)."""
+    error = 0.5 * model(batch.numbers, x, batch.mask) - (image - x)
+    degrees = 3 * (batch.sizes - 1)
+    return weight(sigma, model.config.spread, floor) * error.square().sum((1, 2)) / degrees
+
+
+def _train_step(
+    model: PseudoForceField,
+    batch: MoleculeBatch,
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    curve: DecadeMeans,
+) -> Tensor:
+    generator = step_generator(config.seed, 1, step)
+    # levels and noise of the whole batch are drawn in every process, then each takes its share
+    sigma = draw_sigma(len(batch), config.model.sigma_min, config.model.sigma_max, generator)
+    part = torch.rand(len(batch), generator=generator) < config.partial
+    x = perturb(batch, sigma, generator, free=partial_noise(batch, part, generator))
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    x, sigma = x[share], sigma[share]
+    batch = MoleculeBatch(batch.numbers[share], batch.positions[share], batch.mask[share], check=False)
+    image = nearest_image(batch, x, exchange=(sigma > EXCHANGE_FROM) & config.exchange, rotate=config.rotate)
+    batch = batch.to(accelerator.device)
+    x, image, sigma = (value.to(accelerator.device) for value in (x, image, sigma))
+    losses = loss_per_molecule(model, batch, x, image, sigma, config.floor)
+    optimizer.zero_grad()
+    # divided by the intended share, so that uneven shares average to the mean over the batch
+    (losses.sum() * accelerator.num_processes / config.batch_size).backward()
+    average_gradients(accelerator, parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    curve.add(sigma, losses)
+    return norm
+
+
+@torch.no_grad()
+def errors(
+    model: PseudoForceField,
+    data: MoleculeDataset,
+    n: int = 256,
+    levels: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+) -> dict[str, list[float]]:
+    """Errors on the first n molecules at fixed noise levels, with fixed noise.
+
+    Lists by level: sigma; rmse of x0_hat to the nearest image of the reference, in Angstrom per degree of freedom;
+    sigma_hat, the mean of the level read off the force, in Angstrom.
+    """
+    rows = []
+    order = np.argsort(data.sizes[:n], kind="stable")
+    for k, level in enumerate(levels):
+        generator, total = step_generator(0, 2, k), torch.zeros(2, dtype=torch.float64)
+        for chunk in np.array_split(order, -(-len(order) // 64)):
+            batch = data.batch(chunk)
+            x = perturb(batch, torch.full((len(batch),), level), generator)
+            image = nearest_image(batch, x, exchange=torch.full((len(batch),), level > EXCHANGE_FROM))
+            moved = 0.5 * model(*(v.to(model.device) for v in (batch.numbers, x, batch.mask))).cpu()
+            degrees = 3 * (batch.sizes - 1)
+            total[0] += ((moved - (image - x)).square().sum((1, 2)) / degrees).sum()
+            total[1] += (moved.square().sum((1, 2)) / degrees).sqrt().sum()
+        mean = total / len(order)
+        rows.append((level, float(mean[0].sqrt()), float(mean[1])))
+    sigma, rmse, sigma_hat = (list(column) for column in zip(*rows, strict=True))
+    return {"sigma": sigma, "rmse": rmse, "sigma_hat": sigma_hat}
+
+
+def _resume(
+    path: Path,
+    config: TrainConfig,
+    model: PseudoForceField,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+) -> tuple[int, float]:
+    state: dict[str, Any] = load_state(path)
+    # what changes the numbers must be the same; the length of the run and the logging may change
+    free = {"steps", "decay", "log_every", "validate_every", "checkpoint_every", "root"}
+    require_same_run(path, state["config"], config, free)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    return state["step"], state["seconds"]
