@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspection(commands)
     _add_training(commands)
     _add_judging(commands)
+    _add_gpff(commands)
     return parser
 
 
@@ -104,11 +105,13 @@ def _add_inspection(commands: Any) -> None:
     p.add_argument("--model", default="edm-mini", help="the base model (default: %(default)s)")
     p.add_argument("--oracle", default="learned", help="oracle of the rewards (default: %(default)s)")
     _add_out(p, "folder of the report", Path("demo"))
-    p = _command(commands, "bench", _bench, "measure the speed of the denoiser on this machine")
-    p.add_argument("subject", choices=["denoiser"])
+    p = _command(commands, "bench", _bench, "measure the speed of the denoiser, or of the oracles, on this machine")
+    p.add_argument("subject", choices=["denoiser", "oracles"])
     p.add_argument(
-        "--repeats", type=_positive, default=7, help="repetitions of each measurement (default: %(default)s)"
+        "--repeats", type=_positive, help="repetitions of each measurement (default: 7 for denoiser, 3 for oracles)"
     )
+    p.add_argument("--limit", type=float, default=120.0, help="oracles: seconds for a molecule (default: %(default)g)")
+    p.add_argument("--ani-weights", type=Path, help="oracles: folder or file of the ANI-2x weights")
     p.add_argument("--out", type=Path, help="also write the result to this JSON file")
     _add_json(p)
 
@@ -140,6 +143,7 @@ def _add_training(commands: Any) -> None:
         "--model", action="append", default=[], help="label its samples and clean estimates too; may be repeated"
     )
     p.add_argument("--improve", metavar="FILE", help="a learned oracle whose way downhill is labelled too")
+    p.add_argument("--start", metavar="FILE", help="a learned oracle whose weights the training begins with")
     _add_out(p, "folder of the run and of the labels; an existing run is continued")
     p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
     p.add_argument("--max-minutes", type=float, help="stop the training with a checkpoint after this time")
@@ -176,6 +180,55 @@ def _add_judging(commands: Any) -> None:
     _add_out(p, "the HTML file", Path("report.html"))
 
 
+def _add_gpff(commands: Any) -> None:
+    parser = commands.add_parser("gpff", help="generative pseudo-force fields: train one, generate with it, judge it")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
+    again = "run the same command again to continue from the last checkpoint"
+    p = _command(commands, "train", _gpff_train, "train a pseudo-force field, or continue its training", again)
+    p.add_argument("--preset", default="gpff_mini", help="gpff_mini or gpff_mini_conservative (default: %(default)s)")
+    _add_out(p, "folder of the run; an existing run is continued")
+    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
+    p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
+    p.add_argument("--dataset", help="bundled, qm9 or geom")
+    p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
+    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    _add_set(p, "TrainConfig, for example model.network.features=64")
+
+    p = _command(commands, "sample", _gpff_sample, "generate structures", "the finished batches were written")
+    _add_gpff_model(p)
+    p.add_argument("--n", type=_positive, help="number of structures (default: 64, or one for each composition)")
+    p.add_argument(
+        "--composition",
+        action="append",
+        metavar="FORMULA",
+        help="such as C2H6O; may be repeated (default: drawn from the training set)",
+    )
+    p.add_argument("--sampler", default="ancestral", help="name of the sampler (default: %(default)s)")
+    p.add_argument(
+        "--evaluations", type=_positive, default=64, help="network evaluations for each (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="file.xyz, file.sdf or file.npz (default: xyz to standard output)")
+
+    p = _command(commands, "evaluate", _gpff_evaluate, "judge the structures of each sampler against evaluations")
+    _add_gpff_model(p)
+    _add_oracle(p)
+    p.add_argument("--n", type=_positive, default=128, help="structures in each row (default: %(default)s)")
+    p.add_argument(
+        "--evaluations",
+        type=_integers,
+        help="network evaluations, separated by commas (default: 4,6,8,16,32,64,128,256)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
+    _add_json(p)
+
+
+def _add_gpff_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="gpff-mini", help="a bundled model's name or a .safetensors file (default: %(default)s)"
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
@@ -189,7 +242,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_oracle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--oracle", default="xtb", help="learned, xtb, dft or ani (default: %(default)s)")
+    parser.add_argument("--oracle", default="xtb", help="learned, xtb, dft, ani or uma (default: %(default)s)")
     parser.add_argument(
         "--oracle-option",
         action="append",
@@ -292,12 +345,17 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from elign_lab.benchmarks import bench_denoiser, denoiser_text
+    from elign_lab.benchmarks import bench_denoiser, bench_oracles, denoiser_text, oracle_makers, oracles_text
 
-    result = bench_denoiser(repeats=arguments.repeats)
+    repeats = {} if arguments.repeats is None else {"repeats": arguments.repeats}
+    if arguments.subject == "denoiser":
+        result, text = bench_denoiser(**repeats), denoiser_text
+    else:
+        makers = oracle_makers(arguments.ani_weights, arguments.limit)
+        result, text = bench_oracles(makers, limit=arguments.limit, **repeats), oracles_text
     if arguments.out is not None:
         _write_json(arguments.out, result)
-    print(json.dumps(result, indent=2) if arguments.json else denoiser_text(result))
+    print(json.dumps(result, indent=2) if arguments.json else text(result))
     return 0
 
 
@@ -335,6 +393,7 @@ def _fit_oracle(arguments: argparse.Namespace) -> int:
     from elign_lab.oracles import load_oracle
     from elign_lab.oracles.fit import FitConfig, fit_oracle
     from elign_lab.oracles.labels import LabelPlan, make_labels
+    from elign_lab.oracles.learned import load_energy_model
 
     config = FitConfig() if arguments.steps is None else override(FitConfig(), [f"steps={arguments.steps}"])
     config = override(config, arguments.set)
@@ -346,7 +405,8 @@ def _fit_oracle(arguments: argparse.Namespace) -> int:
         labels = make_labels(oracle, arguments.out / "labels", plan=plan, models=models, improve=improve)
         atom_energies = {z: oracle.atom_energies[z] for z in config.elements}
     seconds = _seconds(arguments.max_minutes)
-    fit_oracle(config, labels, arguments.out, atom_energies=atom_energies, max_seconds=seconds)
+    start = None if arguments.start is None else load_energy_model(arguments.start)
+    fit_oracle(config, labels, arguments.out, atom_energies=atom_energies, start=start, max_seconds=seconds)
     _print_run(arguments.out)
     return 0
 
@@ -395,6 +455,55 @@ def _report(arguments: argparse.Namespace) -> int:
     write_html(arguments.out, base, aligned, base_molecules, aligned_molecules, history)
     print(compare(base, aligned).table())
     print(f"report: {arguments.out}")
+    return 0
+
+
+def _gpff_train(arguments: argparse.Namespace) -> int:
+    from elign_lab.gpff.train import PRESETS, train
+
+    config = _preset(PRESETS, arguments.preset)
+    flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
+    config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
+    config = override(config, arguments.set)
+    train(config, arguments.out, max_seconds=_seconds(arguments.max_minutes))
+    _print_run(arguments.out)
+    return 0
+
+
+def _gpff_sample(arguments: argparse.Namespace) -> int:
+    from elign_lab.gpff import generate, load_force_field
+
+    _check_suffix(arguments.out)
+    molecules = generate(
+        load_force_field(arguments.model),
+        arguments.n if arguments.n or arguments.composition else 64,
+        compositions=arguments.composition,
+        sampler=arguments.sampler,
+        evaluations=arguments.evaluations,
+        seed=arguments.seed,
+        progress=True,
+    )
+    if arguments.out is None:
+        print(molecules.to_xyz(), end="")
+    else:
+        _write_molecules(molecules, arguments.out)
+        print(f"{len(molecules)} molecules: {arguments.out}")
+    return 0
+
+
+def _gpff_evaluate(arguments: argparse.Namespace) -> int:
+    from elign_lab.gpff import load_force_field, quality_json, quality_table, quality_text
+    from elign_lab.gpff.quality import BUDGETS
+
+    with _oracle(arguments) as oracle:
+        rows = quality_table(
+            load_force_field(arguments.model),
+            arguments.n,
+            budgets=arguments.evaluations or BUDGETS,
+            oracle=oracle,
+            seed=arguments.seed,
+        )
+    print(json.dumps(quality_json(rows), indent=2) if arguments.json else quality_text(rows))
     return 0
 
 

@@ -43,7 +43,7 @@ def bench_denoiser(
     results = [_bench_model(*model, repeats=repeats, molecules=molecules, seed=seed) for model in models]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "batch": {**_batch_figures(molecules, seed), "seed": seed},
         "targets": TARGETS,
         "operation_count": "layers * (pairs * (4 F^2 + 12 F) + atoms * 14 F^2), pairs = sum n (n - 1)",
@@ -219,7 +219,8 @@ def _batch_figures(molecules: int, seed: int) -> dict[str, int]:
     return {"molecules": molecules, "atoms": int(sizes.sum()), "pairs": pairs, "largest": int(sizes.max())}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

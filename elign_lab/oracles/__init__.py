@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elign_lab.oracles.cache import CachedOracle
     from elign_lab.oracles.protocol import Oracle, OracleResult, clip_forces, f_rms
 
-__all__ = ["ORACLES", "Oracle", "OracleEntry", "OracleResult", "clip_forces", "f_rms", "load_oracle"]
+__all__ = ["ORACLES", "CachedOracle", "Oracle", "OracleEntry", "OracleResult", "clip_forces", "f_rms", "load_oracle"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,21 @@ ORACLES: dict[str, OracleEntry] = {
             "ANI-2x neural network potential by torchani, wB97X/6-31G(d) level",
             "needs `pip install elign-lab[ani]` and the weights, a download or a folder",
         ),
+        _entry(
+            "uma",
+            "UMAOracle",
+            "UMA by fairchem-core, task omol, the paper's preference model; or the bundled escn-mini",
+            "needs `pip install elign-lab[uma]`, and access on Hugging Face for UMA's weights",
+        ),
         _entry("ase", "ASEOracle", "any ASE calculator", "needs calculator=, an ASE calculator or a factory of one"),
     )
 }
 
 
-def load_oracle(name: str, **options: Any) -> Oracle:
-    """Make an oracle by name: "learned", "xtb", "dft", "ani" or "ase"; `options` go to its class.
+def load_oracle(name: str, *, cache: str | Path | None = None, **options: Any) -> Oracle:
+    """Make an oracle by name: "learned", "xtb", "dft", "ani", "uma" or "ase"; `options` go to its class.
 
+    cache: a file that keeps its answers, see CachedOracle; worth it for oracles that take seconds (dft, uma).
     Raises ValueError for an unknown name, and for an oracle that cannot run here, with the remedy.
     """
     if name not in ORACLES:
@@ -68,11 +77,18 @@ def load_oracle(name: str, **options: Any) -> Oracle:
     ready, reason = ORACLES[name].available()
     if not ready:
         raise ValueError(f"the {name} oracle is not available: {reason}")
-    return ORACLES[name].load()(**options)
+    oracle = ORACLES[name].load()(**options)
+    if cache is None:
+        return oracle
+    from elign_lab.oracles.cache import CachedOracle
+
+    return CachedOracle(oracle, cache)
 
 
 def __getattr__(name: str) -> Any:
     # lazy: worker processes import this package and must not load torch
+    if name == "CachedOracle":
+        return importlib.import_module("elign_lab.oracles.cache").CachedOracle
     if name in __all__:
         return getattr(importlib.import_module("elign_lab.oracles.protocol"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

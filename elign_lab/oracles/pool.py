@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 
 import loky
 
@@ -116,7 +116,9 @@ class WorkerPool:
             del flight[task]
             try:
                 answers.update(zip(chunk, task.result(timeout=0), strict=True))
-            except (BrokenExecutor, TimeoutError) as reason:
+            except Exception as reason:
+                if not _worker_is_gone(reason):
+                    raise
                 task.cancel()
                 lost.append((chunk, reason))
         return lost
@@ -135,7 +137,9 @@ class WorkerPool:
         except TimeoutError:
             self.close()
             return self._overdue()
-        except BrokenExecutor as reason:
+        except Exception as reason:
+            if not _worker_is_gone(reason):
+                raise
             self.close()
             return Evaluation.failure(f"worker process died ({type(reason).__name__})")
 
@@ -161,3 +165,9 @@ class WorkerPool:
             # loads the backend before the clock of a time limit starts
             self._own.submit(self.function, []).result()
         return self._own
+
+
+def _worker_is_gone(error: Exception) -> bool:
+    """Whether an error is not the function's own; dask.distributed has a name of its own for a worker that died."""
+    known = isinstance(error, (BrokenExecutor, CancelledError, TimeoutError))
+    return known or type(error).__name__ == "KilledWorker"

@@ -22,6 +22,10 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 ANI_WEIGHTS = SHARED / "data" / "ani-2x" / "ani-2x_8x"
 needs_ani = pytest.mark.skipif(not ANI_WEIGHTS.is_dir(), reason="the ANI-2x weights are not part of the repository")
 
+needs_fairchem = pytest.mark.skipif(
+    importlib.util.find_spec("fairchem") is None, reason="fairchem-core is not installed (extra uma)"
+)
+
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.477]])
 HYDROGEN = ([1, 1], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.74]])
 METHYL = ([6, 1, 1, 1], [[0.0, 0.0, 0.0], [1.079, 0.0, 0.0], [-0.5395, 0.9344, 0.0], [-0.5395, -0.9344, 0.0]])
@@ -32,12 +36,15 @@ MAKERS = {
     "dft": lambda: load_oracle("dft", xc="svwn", basis="sto-3g", grid_level=0, workers=1),
     "ani": lambda: load_oracle("ani", weights=ANI_WEIGHTS),
     "ase": lambda: load_oracle("ase", calculator=EMT()),
+    "learned": lambda: load_oracle("learned"),
+    "uma": lambda: load_oracle("uma", model="escn-mini"),
 }
+MARKS = {"ani": needs_ani, "uma": needs_fairchem}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=needs_ani if name == "ani" else ()) for name in MAKERS],
+    params=[pytest.param(name, marks=MARKS.get(name, ())) for name in MAKERS],
 )
 def oracle(request):
     with MAKERS[request.param]() as made:
@@ -121,6 +128,16 @@ def test_odd_electron_count(oracle):
     # C3 symmetry of the planar radical: the force on carbon vanishes, up to DFT's coarse integration grid
     tolerance = 0.05 if oracle.name == "dft" else 5e-3
     torch.testing.assert_close(result.forces[0, 0], torch.zeros(3, dtype=result.forces.dtype), atol=tolerance, rtol=0)
+
+
+def test_two_hundred_atoms(oracle):
+    result = oracle(batch_of(alkane(66), WATER))
+    if oracle.name == "dft":  # hours, so that it has a limit
+        assert_failed(result, 0, 200, "200 atoms, over the limit of 60")
+    else:
+        assert result.ok[0], result.status
+        assert f_rms(result.forces[:1], torch.ones(1, 200).bool()) < 5.0
+    assert result.ok[1]
 
 
 def test_empty_batch(oracle):
