@@ -13,6 +13,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,16 @@ from elign_lab.checkpoints import ASSETS, load_model, read_passport, save_model,
 from elign_lab.training import load_state, read_json_lines
 
 PACKAGES = ("torch", "numpy", "rdkit", "tblite", "accelerate")
+
+
+LOG_ROWS = 100
+
+
+def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About LOG_ROWS rows: those with a validation loss or an evaluation, others between them, and the last."""
+    every = max(1, len(log) // LOG_ROWS)
+    special = {"validation_loss", "eval_force"}
+    return [row for k, row in enumerate(log) if k % every == 0 or special & row.keys() or k == len(log) - 1]
 
 
 def main() -> None:
@@ -48,7 +59,7 @@ def main() -> None:
         steps=state.get("step", state.get("iteration")),
         hours=round(state["seconds"] / 3600, 2) if "seconds" in state else None,
         seed=state["config"]["seed"],
-        last_log_row=log[-1],
+        log=_thinned(log),
         data={"file": data["file"], "sha256": data["sha256"]},
         run_weights_sha256=sha256(arguments.run / arguments.weights),
         figures=json.loads(arguments.figures.read_text()) if arguments.figures else None,

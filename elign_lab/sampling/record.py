@@ -57,11 +57,14 @@ class Trajectory:
         return [self.model.decode(z, z[..., :3], r.mask) for z, r in zip(states, self.records, strict=True)]
 
     def type_weights(self, of: str = "clean") -> Tensor:
-        """Soft types (steps, B, N, elements): the type channels of each state, clipped to [0, 1] and normalised."""
+        """Soft types (steps, B, N, elements): the type channels of each state, clipped to [0, 1] and normalised.
+
+        An atom without a positive type channel, as there are in pure noise, is all types alike.
+        """
         k = len(self.model.config.elements)
         states = torch.stack([r.clean if of == "clean" else r.z_t for r in self.records])
-        weights = (states[..., 3 : 3 + k] * self.model.config.scale[1]).clamp(0, 1)
-        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        weights = (states[..., 3 : 3 + k] * self.model.config.scale[1]).clamp(0, 1) + 1e-6
+        return weights / weights.sum(-1, keepdim=True)
 
     def final(self) -> MoleculeBatch:
         """The molecules at the end; needs the decoding step."""

@@ -1,8 +1,9 @@
-"""Widgets of the notebooks: the live molecule viewer and the controls of long loops."""
+"""Widgets of the notebooks: the live molecule viewer, the controls of long loops, and the panels."""
 
 from __future__ import annotations
 
 import base64
+import importlib
 import inspect
 import urllib.request
 import warnings
@@ -16,7 +17,26 @@ from elign_lab.widgets.viewer import HasFrames, MoleculeViewer, TrajectoryLike, 
 if TYPE_CHECKING:
     from IPython.display import HTML
 
-__all__ = ["Live", "MoleculeViewer", "compare", "show"]
+    from elign_lab.widgets.panels import (
+        AlignmentDashboard,
+        DFTCheck,
+        OracleComparison,
+        RewardInspector,
+        SamplingPanel,
+    )
+
+_PANELS = ("AlignmentDashboard", "DFTCheck", "OracleComparison", "RewardInspector", "SamplingPanel")
+__all__ = [
+    "AlignmentDashboard",
+    "DFTCheck",
+    "Live",
+    "MoleculeViewer",
+    "OracleComparison",
+    "RewardInspector",
+    "SamplingPanel",
+    "compare",
+    "show",
+]
 
 _GRID_LIMIT = 12  # a larger batch gets a slider
 _SCRIPT_TIMEOUT = 3.0  # seconds
@@ -96,3 +116,10 @@ def _unreachable(address: str) -> str:
             return ""
     except OSError as error:
         return f"{address}: {error}"
+
+
+def __getattr__(name: str) -> Any:
+    # lazy: the panels need the trainer and plotly, a viewer does not
+    if name in _PANELS:
+        return getattr(importlib.import_module("elign_lab.widgets.panels"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

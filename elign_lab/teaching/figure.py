@@ -1,0 +1,42 @@
+"""The plotly figure of the notebooks: one style, titled axes with units, and alternative text."""
+
+from __future__ import annotations
+
+import json
+
+import plotly.graph_objects as go
+from IPython.display import display
+
+from elign_lab.theory.figures import COLORS
+
+_COLORWAY = [COLORS[name] for name in ("aligned", "tilt", "other", "energy", "base")]
+
+
+class Figure(go.Figure):
+    """An empty figure to add traces to: `Figure(x="t", y="energy (eV)", alt="...").add_scatter(...)`.
+
+    x, y: titles of the axes, with the unit where there is one. alt: what a reader who does not see the figure has to
+    know; pages that cannot draw it (GitHub, a terminal) show this text, and it travels with the figure as
+    `layout.meta["alt"]`. height in pixels. Raises ValueError for an empty title or text.
+    """
+
+    def __init__(self, *, x: str, y: str, alt: str, title: str = "", height: int = 340) -> None:
+        for name, text in (("x", x), ("y", y), ("alt", alt)):
+            if not text.strip():
+                raise ValueError(f"{name} is empty: a figure needs axis titles, with units, and alternative text")
+        super().__init__()
+        self.update_layout(
+            title=title,
+            xaxis_title=x,
+            yaxis_title=y,
+            height=height,
+            template="plotly_white",
+            colorway=_COLORWAY,
+            margin={"l": 60, "r": 20, "t": 60 if title else 40, "b": 50},
+            legend={"orientation": "h", "y": 1.12},
+            meta={"alt": alt},
+        )
+
+    def _ipython_display_(self) -> None:
+        figure = json.loads(self.to_json())
+        display({"application/vnd.plotly.v1+json": figure, "text/plain": self.layout.meta["alt"]}, raw=True)

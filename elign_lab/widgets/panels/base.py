@@ -1,0 +1,153 @@
+"""What the panels share: the frame with its style sheet and error line, badges, number format, figure layout."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import plotly.graph_objects as go
+import traitlets
+
+from elign_lab.theory.figures import COLORS
+
+_CSS = Path(__file__).with_name("panels.css").read_text()
+_GREY = "#8a93a3"  # legible on white and on black: a figure does not know the theme of the page
+_GRID = "rgba(138, 147, 163, 0.25)"
+_MARK = "shown now"
+MEMBER_COLOR = "rgba(138, 147, 163, 0.55)"
+
+__all__ = [
+    "COLORS",
+    "MEMBER_COLOR",
+    "Chart",
+    "Panel",
+    "add_mark",
+    "badge",
+    "escape",
+    "figures_row",
+    "move_marks",
+    "number",
+    "style_figure",
+]
+
+escape = html.escape
+
+
+class Panel(ipywidgets.VBox):
+    """A framed column of widgets with a title and a line for errors.
+
+    What a callback of the browser raises is shown in the panel and kept in `last_error`; Python callers of the same
+    methods get the exception. Subclasses give `summary_html()`, which pages without widgets show.
+    """
+
+    last_error = traitlets.Unicode("")
+
+    def __init__(self, title: str, note: str, children: Sequence[ipywidgets.Widget]) -> None:
+        self._alert = ipywidgets.HTML(layout={"display": "none"})
+        head = ipywidgets.HTML(
+            f"<style>{_CSS}</style><div class='elp-title'>{escape(title)}</div><div class='elp-note'>{note}</div>"
+        )
+        super().__init__([head, *children, self._alert])
+        self.add_class("elp")
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show an exception in the panel instead of raising it: a browser's callback has no caller who could see it."""
+        try:
+            yield
+        except Exception as error:
+            self.last_error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        else:
+            self.last_error = ""
+
+    @traitlets.observe("last_error")
+    def _show_error(self, change: dict[str, Any]) -> None:
+        self._alert.value = f"<div class='elp-alert' role='alert'>{escape(change['new'])}</div>"
+        self._alert.layout.display = "" if change["new"] else "none"
+
+    def summary_html(self) -> str:
+        """The content as static HTML."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and its content as HTML for pages that run no widgets (GitHub, nbviewer)."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data["text/html"] = self.summary_html()
+        return bundle
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Chart(ipywidgets.Output):
+    """A plotly figure in a panel; `draw` replaces it, from any thread.
+
+    JupyterLab draws it with the plotly extension that it has for plain figures. A FigureWidget would bring five
+    megabytes of its own for each figure, and stays empty with plotly 7.1 and anywidget 0.11.
+    """
+
+    def __init__(self, figure: go.Figure) -> None:
+        super().__init__(layout={"min_height": f"{figure.layout.height}px"})
+        self.draw(figure)
+
+    def draw(self, figure: go.Figure) -> None:
+        """Show this figure."""
+        self.figure = figure
+        content = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+        self.outputs = ({"output_type": "display_data", "data": content, "metadata": {}},)
+
+
+def add_mark(figure: go.Figure, x: float, **where: int) -> None:
+    """A vertical line at x, in all plots or in that of a row and a column: what is shown now."""
+    figure.add_vline(x=x, name=_MARK, line={"color": COLORS["aligned"], "width": 1.5, "dash": "dot"}, **where)
+
+
+def move_marks(figure: go.Figure, x: float) -> go.Figure:
+    """Put all marks of a figure to x, which is much faster than to make the figure anew; returns it."""
+    for shape in figure.select_shapes({"name": _MARK}):
+        shape.update(x0=x, x1=x)
+    return figure
+
+
+def badge(text: str, tone: str = "", strong: bool = False) -> str:
+    """A small coloured label; tone: "good", "bad", "warn" or "" (neutral)."""
+    classes = ["elp-badge", *([f"elp-{tone}"] if tone else []), *(["elp-strong"] if strong else [])]
+    return f"<span class='{' '.join(classes)}'>{escape(text)}</span>"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with `digits` significant digits and a real minus sign; a dash where there is none (NaN)."""
+    if math.isnan(value):
+        return "\N{EN DASH}"
+    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
+
+
+def figures_row(values: dict[str, str]) -> str:
+    """A row of large figures, each with its name below."""
+    cells = "".join(f"<div><b>{value}</b><span>{escape(name)}</span></div>" for name, value in values.items())
+    return f"<div class='elp-figures'>{cells}</div>"
+
+
+def style_figure(figure: go.Figure, height: int) -> go.Figure:
+    """Give a figure the look of the panels, on a light or a dark page; returns it."""
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 58, "r": 14, "t": 34, "b": 46},
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"color": _GREY, "size": 12},
+        legend={"orientation": "h", "y": 1.14, "x": 0},
+        hoverlabel={"namelength": -1},
+    )
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, title_standoff=6)
+    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, title_standoff=6)
+    figure.update_annotations(font_size=13)
+    return figure
