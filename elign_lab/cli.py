@@ -120,12 +120,7 @@ def _add_training(commands: Any) -> None:
     again = "run the same command again to continue from the last checkpoint"
     p = _command(commands, "pretrain", _pretrain, "train a base model, or continue its training", again)
     p.add_argument("--preset", default="edm_mini", help="edm_mini, edm_full or edm_qm9 (default: %(default)s)")
-    _add_out(p, "folder of the run; an existing run is continued")
-    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
-    p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
-    p.add_argument("--dataset", help="bundled, qm9 or geom")
-    p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
-    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    _add_run_on_data(p)
     _add_set(p, "PretrainConfig, for example model.features=32")
 
     p = _command(commands, "align", _align, "align a model with an oracle by FED-GRPO, or continue", again)
@@ -186,12 +181,7 @@ def _add_gpff(commands: Any) -> None:
     again = "run the same command again to continue from the last checkpoint"
     p = _command(commands, "train", _gpff_train, "train a pseudo-force field, or continue its training", again)
     p.add_argument("--preset", default="gpff_mini", help="gpff_mini or gpff_mini_conservative (default: %(default)s)")
-    _add_out(p, "folder of the run; an existing run is continued")
-    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
-    p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
-    p.add_argument("--dataset", help="bundled, qm9 or geom")
-    p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
-    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    _add_run_on_data(p)
     _add_set(p, "TrainConfig, for example model.network.features=64")
 
     p = _command(commands, "sample", _gpff_sample, "generate structures", "the finished batches were written")
@@ -221,6 +211,15 @@ def _add_gpff(commands: Any) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
     _add_json(p)
+
+
+def _add_run_on_data(p: argparse.ArgumentParser) -> None:
+    _add_out(p, "folder of the run; an existing run is continued")
+    p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
+    p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
+    p.add_argument("--dataset", help="bundled, qm9 or geom")
+    p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
+    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
 
 
 def _add_gpff_model(parser: argparse.ArgumentParser) -> None:
@@ -362,13 +361,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _pretrain(arguments: argparse.Namespace) -> int:
     from elign_lab.denoiser.pretrain import PRESETS, pretrain
 
-    config = _preset(PRESETS, arguments.preset)
-    flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
-    config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
-    config = override(config, arguments.set)
-    pretrain(config, arguments.out, max_seconds=_seconds(arguments.max_minutes))
-    _print_run(arguments.out)
-    return 0
+    return _run_on_data(arguments, PRESETS, pretrain)
 
 
 def _align(arguments: argparse.Namespace) -> int:
@@ -427,12 +420,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         sampler=arguments.sampler,
         progress=True,
     )
-    if arguments.out is None:
-        print(molecules.to_xyz(), end="")
-        return 0
-    _write_molecules(molecules, arguments.out)
-    print(f"{len(molecules)} molecules: {arguments.out}")
-    return 0
+    return _give_molecules(molecules, arguments.out)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -461,13 +449,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _gpff_train(arguments: argparse.Namespace) -> int:
     from elign_lab.gpff.train import PRESETS, train
 
-    config = _preset(PRESETS, arguments.preset)
-    flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
-    config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
-    config = override(config, arguments.set)
-    train(config, arguments.out, max_seconds=_seconds(arguments.max_minutes))
-    _print_run(arguments.out)
-    return 0
+    return _run_on_data(arguments, PRESETS, train)
 
 
 def _gpff_sample(arguments: argparse.Namespace) -> int:
@@ -483,12 +465,7 @@ def _gpff_sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         progress=True,
     )
-    if arguments.out is None:
-        print(molecules.to_xyz(), end="")
-    else:
-        _write_molecules(molecules, arguments.out)
-        print(f"{len(molecules)} molecules: {arguments.out}")
-    return 0
+    return _give_molecules(molecules, arguments.out)
 
 
 def _gpff_evaluate(arguments: argparse.Namespace) -> int:
@@ -508,6 +485,29 @@ def _gpff_evaluate(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------- helpers
+def _run_on_data(
+    arguments: argparse.Namespace, presets: dict[str, Callable[[], Any]], run: Callable[..., object]
+) -> int:
+    """Start or continue a training with the options of `_add_run_on_data`."""
+    config = _preset(presets, arguments.preset)
+    flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
+    config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
+    config = override(config, arguments.set)
+    run(config, arguments.out, max_seconds=_seconds(arguments.max_minutes))
+    _print_run(arguments.out)
+    return 0
+
+
+def _give_molecules(molecules: Any, path: Path | None) -> int:
+    """Write molecules to a file, or as xyz to standard output."""
+    if path is None:
+        print(molecules.to_xyz(), end="")
+    else:
+        _write_molecules(molecules, path)
+        print(f"{len(molecules)} molecules: {path}")
+    return 0
+
+
 def _preset(presets: dict[str, Callable[[], Any]], name: str) -> Any:
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(presets)}")

@@ -21,6 +21,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+# fields of a configuration that do not change the numbers of a step
+_LENGTH_AND_LOGGING = ("steps", "decay", "log_every", "validate_every", "checkpoint_every", "root")
+
 
 def step_generator(seed: int, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on (seed, index...) only; neighbouring seeds give independent streams."""
@@ -52,6 +55,48 @@ def require_same_run(path: str | Path, saved: dict[str, Any], config: Any, free:
         before = saved.get(key, defaults[key])
         if key not in free and before != value:
             raise ValueError(f"{path} was made with {key} = {before!r}, not {value!r}: use another folder")
+
+
+def save_run(
+    path: str | Path,
+    config: Any,
+    step: int,
+    seconds: float,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+    **more: Any,
+) -> None:
+    """Checkpoint of a training: its configuration (a dataclass), progress, weights, optimiser and average."""
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+    save_state(path, {"config": asdict(config), **more, "step": step, "seconds": seconds, **parts})
+
+
+def restore_run(
+    state: dict[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+) -> tuple[int, float]:
+    """Put what `save_run` wrote back in place; returns the steps done and the seconds that they took."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    return state["step"], state["seconds"]
+
+
+def resume_run(
+    path: str | Path,
+    config: Any,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+    free: Collection[str] = (),
+) -> tuple[int, float]:
+    """`restore_run` from a file, if the run had the same settings, but for its length, logging and fields in `free`."""
+    state = load_state(path)
+    require_same_run(path, state["config"], config, {*_LENGTH_AND_LOGGING, *free})
+    return restore_run(state, model, optimizer, ema)
 
 
 class JsonLines:

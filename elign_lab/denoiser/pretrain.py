@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +22,8 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
-    load_state,
-    require_same_run,
-    save_state,
+    resume_run,
+    save_run,
     step_generator,
     warmup_hold_decay,
 )
@@ -105,22 +103,15 @@ def pretrain(
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
     step, seconds = 0, 0.0
     if (out / "checkpoint.pt").exists():
-        step, seconds = _resume(out / "checkpoint.pt", config, model, optimizer, ema)
+        # compilation changes the rounding only
+        step, seconds = resume_run(out / "checkpoint.pt", config, model, optimizer, ema, free=("compile",))
     log = JsonLines(out / "log.jsonl", "step", step) if accelerator.is_main_process else None
     batches = BatchSampler(train.sizes, config.batch_size, config.seed, mode="mixed").stream(step)
 
     def checkpoint() -> None:
         if not accelerator.is_main_process:
             return
-        state = {
-            "config": asdict(config),
-            "step": step,
-            "seconds": seconds,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-        }
-        save_state(out / "checkpoint.pt", state)
+        save_run(out / "checkpoint.pt", config, step, seconds, model, optimizer, ema)
         ema.swap(parameters)
         save_model(model, out / "model.safetensors")
         ema.swap(parameters)
@@ -202,20 +193,3 @@ def validation_loss(model: Denoiser, data: MoleculeDataset, n: int = 512) -> flo
         noise = model.noise(batch.mask, generator)
         total += float(model.training_loss(model.encode(batch), batch.mask, t, noise, normalize="molecule").loss.sum())
     return total / min(n, len(data))
-
-
-def _resume(
-    path: Path,
-    config: PretrainConfig,
-    model: Denoiser,
-    optimizer: torch.optim.Optimizer,
-    ema: ExponentialMovingAverage,
-) -> tuple[int, float]:
-    state: dict[str, Any] = load_state(path)
-    # what changes the numbers must be the same; the length of the run, the logging and the rounding may change
-    free = {"steps", "decay", "compile", "log_every", "validate_every", "checkpoint_every", "root"}
-    require_same_run(path, state["config"], config, free)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    return state["step"], state["seconds"]

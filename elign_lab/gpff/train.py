@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
-    load_state,
-    require_same_run,
-    save_state,
+    resume_run,
+    save_run,
     step_generator,
     warmup_hold_decay,
 )
@@ -120,22 +119,14 @@ def train(
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
     step, seconds = 0, 0.0
     if (out / "checkpoint.pt").exists():
-        step, seconds = _resume(out / "checkpoint.pt", config, model, optimizer, ema)
+        step, seconds = resume_run(out / "checkpoint.pt", config, model, optimizer, ema)
     log = JsonLines(out / "log.jsonl", "step", step) if accelerator.is_main_process else None
     batches = BatchSampler(data.sizes, config.batch_size, config.seed).stream(step)
 
     def checkpoint() -> None:
         if not accelerator.is_main_process:
             return
-        state = {
-            "config": asdict(config),
-            "step": step,
-            "seconds": seconds,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-        }
-        save_state(out / "checkpoint.pt", state)
+        save_run(out / "checkpoint.pt", config, step, seconds, model, optimizer, ema)
         ema.swap(parameters)
         save_force_field(model, out / "model.safetensors")
         ema.swap(parameters)
@@ -279,20 +270,3 @@ def errors(
         rows.append((level, float(mean[0].sqrt()), float(mean[1])))
     sigma, rmse, sigma_hat = (list(column) for column in zip(*rows, strict=True))
     return {"sigma": sigma, "rmse": rmse, "sigma_hat": sigma_hat}
-
-
-def _resume(
-    path: Path,
-    config: TrainConfig,
-    model: PseudoForceField,
-    optimizer: torch.optim.Optimizer,
-    ema: ExponentialMovingAverage,
-) -> tuple[int, float]:
-    state: dict[str, Any] = load_state(path)
-    # what changes the numbers must be the same; the length of the run and the logging may change
-    free = {"steps", "decay", "log_every", "validate_every", "checkpoint_every", "root"}
-    require_same_run(path, state["config"], config, free)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    return state["step"], state["seconds"]

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ from elign_lab.training import (
     any_process,
     average_gradients,
     load_state,
-    save_state,
+    restore_run,
+    save_run,
     warmup_cosine,
 )
 
@@ -106,14 +106,8 @@ def fit_oracle(
     def checkpoint() -> None:
         if not accelerator.is_main_process:
             return
-        state: dict[str, Any] = {
-            "config": asdict(config),
-            "labels": _fingerprint(labels),
-            "step": step,
-            "seconds": seconds,
-        }
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-        save_state(out / "checkpoint.pt", state)
+        path = out / "checkpoint.pt"
+        save_run(path, config, step, seconds, model, optimizer, ema, labels=_fingerprint(labels))
         ema.swap(parameters)
         save_energy_model(model, out / "model.safetensors")
         ema.swap(parameters)
@@ -285,7 +279,4 @@ def _resume(
         changed.append("labels")
     if changed:
         raise ValueError(f"{path} was made with other settings ({', '.join(changed)}): use another folder, or the same")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    return state["step"], state["seconds"]
+    return restore_run(state, model, optimizer, ema)
