@@ -9,6 +9,9 @@ is a sum over K radial functions phi_k, and the sum over neighbours is taken fir
 
 Nothing is stored per pair and feature, and the W mix channels, which PaiNN's filter does not. The update of an atom is
 PaiNN's (its equations 9 and 10).
+
+PaiNN multiplies features with each other in every layer, so that one structure unlike the rest can make them overflow.
+With `normalise`, every layer reads its input at unit size (the sums that it adds to keep theirs).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+_SMALLEST = 1e-2  # mean square below which features are not enlarged: a vector that symmetry makes zero stays zero
 _EPSILON = 1e-8  # Angstrom^2 and squared features: keeps norms differentiable at zero
 
 
@@ -31,6 +35,7 @@ class PaiNNConfig:
     features of an atom: scalars and vectors; channels: how many of each an atom sends to its neighbours (scalars, and
     half as many vectors); basis: radial functions K, Gaussians in log(1 + r), from `shortest` to `reach`; cutoff:
     whether interactions go smoothly to zero at `reach` (else every pair interacts). Below `shortest` they fade out.
+    normalise: whether layers read features divided by their root mean square, for inputs of widely different sizes.
     """
 
     features: int = 64
@@ -41,6 +46,7 @@ class PaiNNConfig:
     shortest: float = 0.65
     reach: float = 5.0
     cutoff: bool = True
+    normalise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("features", "vectors", "channels", "layers"):
@@ -102,6 +108,7 @@ class Interaction(nn.Module):
     def __init__(self, config: PaiNNConfig, first: bool) -> None:
         super().__init__()
         f, v, c, k = config.features, config.vectors, config.channels, config.basis
+        self.normalise = config.normalise
         self.hidden = nn.Linear(f, f)
         self.send = nn.Linear(f, 2 * c)
         self.receive_scalars = nn.Linear(k * c, f)
@@ -119,18 +126,27 @@ class Interaction(nn.Module):
     def forward(self, s: Tensor, v: Tensor | None, near: Neighbours) -> tuple[Tensor, Tensor]:
         """s (B, N, F) and v (B, N, 3, V), None in the first layer -> the same, updated."""
         b, n, f = s.shape
-        hidden = silu(self.hidden(s))
+        hidden = silu(self.hidden(self._read(s)))
         x, y = self.send(hidden).chunk(2, -1)
         ds = self.receive_scalars(torch.bmm(near.radial, x).view(b, n, -1))
         dv = self.receive_directions(torch.bmm(near.directed, y).view(b, n, 3, -1))
         s = s + ds
-        v = dv if v is None else v + dv + self._vector_messages(hidden, v, near)
-        left, right = self.mix(v).chunk(2, -1)
+        v = dv if v is None else v + dv + self._vector_messages(hidden, self._read(v), near)
+        left, right = self.mix(self._read(v)).chunk(2, -1)
         norm = (right.square().sum(2) + _EPSILON).sqrt()
-        change = self.update(silu(self.update_hidden(torch.cat([s, norm], -1))))
+        change = self.update(silu(self.update_hidden(torch.cat([self._read(s), norm], -1))))
         ds, gate_product, gate_vectors = change.split([f, v.shape[-1], v.shape[-1]], -1)
         s = s + ds + self.product(gate_product * (left * right).sum(2))
         return s, v + gate_vectors.unsqueeze(2) * left
+
+    def _read(self, features: Tensor) -> Tensor:
+        """Features as the layer reads them: s (B, N, F), or v (B, N, 3, V) by the norm over all three components."""
+        if not self.normalise:
+            return features
+        square = features.square().mean(-1, keepdim=True)
+        if features.dim() == 4:
+            square = square.sum(2, keepdim=True)
+        return features * (square + _SMALLEST).rsqrt()
 
     def _vector_messages(self, hidden: Tensor, v: Tensor, near: Neighbours) -> Tensor:
         b, n, _, _ = v.shape

@@ -135,6 +135,20 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) ->
         gradient.copy_(part.view_as(gradient))
 
 
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm is at most `max_norm`; returns the norm before.
+
+    Gradients with an infinite or undefined entry are set to zero, so that one bad batch does not undo a run.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not norm.isfinite():
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+    return norm
+
+
 class StopRequest:
     """Ctrl-C as a request: `requested` becomes True, and the loop stops where its state is whole. A second one raises.
 

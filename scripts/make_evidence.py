@@ -2,8 +2,6 @@
 
 python scripts/make_evidence.py --n 128 [--ani-weights DIR] [--workers 2]
 
-DFT (B3LYP/6-31G(d), PySCF) is what takes the time. Its answers are kept in a cache file: stopped and run again, the script
-goes on where it was. Molecules are drawn with batch size --n, so that another n gives other molecules.
 """
 
 import argparse

@@ -40,6 +40,7 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
+    clip_gradients,
     load_state,
     require_same_run,
     save_state,
@@ -281,7 +282,7 @@ class Trainer:
         for chunk in units.split(max(c.pairs_per_call // rollouts.members, 1)):
             self._accumulate(rollouts, advantages, chunk, processes / pairs, sums)
         average_gradients(self.accelerator, self.parameters)
-        sums[5] += torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm).double()
+        sums[5] += clip_gradients(self.parameters, c.max_grad_norm).double()
         self.optimizer.step()
         self.updates_done += 1
 

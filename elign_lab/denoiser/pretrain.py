@@ -22,6 +22,7 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
+    clip_gradients,
     resume_run,
     save_run,
     step_generator,
@@ -176,7 +177,7 @@ def _train_step(
     optimizer.zero_grad()
     loss.backward()
     average_gradients(accelerator, parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = clip_gradients(parameters, config.max_grad_norm)
     optimizer.step()
     return loss.detach(), norm
 

@@ -41,7 +41,17 @@ VARIANTS = ("direct", "conservative")
 
 
 def _network() -> PaiNNConfig:
-    return PaiNNConfig(features=96, vectors=48, channels=32, layers=4, basis=16, shortest=0.4, reach=10.0, cutoff=False)
+    return PaiNNConfig(
+        features=96,
+        vectors=48,
+        channels=32,
+        layers=4,
+        basis=16,
+        shortest=0.4,
+        reach=10.0,
+        cutoff=False,
+        normalise=True,
+    )
 
 
 @dataclass(frozen=True)

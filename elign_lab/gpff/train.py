@@ -38,6 +38,7 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
+    clip_gradients,
     resume_run,
     save_run,
     step_generator,
@@ -236,7 +237,7 @@ def _train_step(
     # divided by the intended share, so that uneven shares average to the mean over the batch
     (losses.sum() * accelerator.num_processes / config.batch_size).backward()
     average_gradients(accelerator, parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = clip_gradients(parameters, config.max_grad_norm)
     optimizer.step()
     curve.add(sigma, losses)
     return norm

@@ -39,6 +39,7 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
+    clip_gradients,
     load_state,
     restore_run,
     save_run,
@@ -222,7 +223,7 @@ def _train_step(
     optimizer.zero_grad()
     loss.backward()
     average_gradients(accelerator, parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    clip_gradients(parameters, config.max_grad_norm)
     optimizer.step()
     mae = difference.detach().abs().sum() / (3 * n.sum())
     return np.array([loss.item(), energy_error.mean().item(), mae.item()])

@@ -29,9 +29,9 @@ def features(batch: MoleculeBatch, size: int = SMALL.features) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("inversion", [1.0, -1.0])
-@pytest.mark.parametrize("cutoff", [True, False])
-def test_scalars_are_invariant_and_vectors_turn_with_the_molecule(batch, inversion, cutoff):
-    network = make_network(PaiNNConfig(features=16, vectors=8, channels=8, basis=6, cutoff=cutoff))
+@pytest.mark.parametrize(("cutoff", "normalise"), [(True, False), (False, False), (False, True)])
+def test_scalars_are_invariant_and_vectors_turn_with_the_molecule(batch, inversion, cutoff, normalise):
+    network = make_network(PaiNNConfig(features=16, vectors=8, channels=8, basis=6, cutoff=cutoff, normalise=normalise))
     turn = torch.from_numpy(inversion * Rotation.random(rng=3).as_matrix())
     s, v = network(features(batch), batch.positions, batch.mask)
     s_turned, v_turned = network(features(batch), batch.positions @ turn.T + 5.0, batch.mask)
@@ -113,6 +113,16 @@ def test_coincident_atoms_are_finite_with_their_gradients():
     assert torch.isfinite(s).all()
     assert torch.isfinite(v).all()
     assert torch.isfinite(gradient).all()
+
+
+def test_layers_that_normalise_do_not_multiply_a_large_input_up(batch):
+    def growth(normalise: bool) -> float:
+        config = PaiNNConfig(features=16, vectors=8, channels=8, layers=4, basis=6, normalise=normalise)
+        _, v = make_network(config)(1e3 * features(batch), batch.positions, batch.mask)
+        return float(v[batch.mask].abs().max())
+
+    assert growth(True) < 1e2
+    assert not growth(False) < 1e6  # infinite or undefined
 
 
 def test_smooth_step_has_two_continuous_derivatives():
