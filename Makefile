@@ -19,12 +19,13 @@ demo: setup
 # the browser tests come last, so that the output ends with pytest's own summary
 test: lint
 	$(BIN)/python -m pytest --ignore=tests/browser
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest -p tests.notebooks.plugin --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider notebooks assignments/source
 	$(BIN)/python -m pytest tests/browser
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

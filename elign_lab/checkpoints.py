@@ -114,6 +114,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """Hexadecimal sha256 of the names and values of all weights and buffers."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 def read_passport(path: str | Path) -> dict[str, Any]:
     """The JSON beside an asset: what it is, what made it, its figures, its sha256."""
     passport = Path(path).with_suffix(".json")

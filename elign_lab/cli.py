@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -95,6 +94,7 @@ def _add_inspection(commands: Any) -> None:
     _add_json(p)
     p = _command(commands, "start", _start, "copy the notebooks to a folder of your own; existing files are kept")
     p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--assignments", action="store_true", help="also the assignments, without their solutions")
     p = _command(
         commands,
         "demo",
@@ -209,7 +209,9 @@ def _add_gpff(commands: Any) -> None:
         type=_integers,
         help="network evaluations, separated by commas (default: 4,6,8,16,32,64,128,256)",
     )
+    p.add_argument("--denoiser", metavar="MODEL", help="a denoiser to compare with, such as edm-mini")
     p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="also write the table to this JSON file")
     _add_json(p)
 
 
@@ -316,23 +318,39 @@ def _models(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    package = Path(__file__).parent
-    source = next((f for f in (package / "_notebooks", package.parent / "notebooks") if f.is_dir()), None)
-    if source is None:
-        raise FileNotFoundError("the notebooks are not installed: reinstall elign-lab, or work in a checkout")
+    source = _shipped("notebooks")
     for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_dir() or any(part.startswith((".", "__")) for part in relative.parts):
-            continue
-        target = arguments.folder / relative
-        if target.exists():
-            print(f"kept      {target}")
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        print(f"copied    {target}")
+        name = path.relative_to(source)
+        if path.is_file() and not any(part.startswith((".", "__")) for part in name.parts):
+            _give(arguments.folder / name, path.read_bytes())
+    if arguments.assignments:
+        from elign_lab.teaching.assignments import student_version
+
+        for path in sorted((_shipped("assignments") / "source").glob("*/*.ipynb")):
+            content = student_version(json.loads(path.read_bytes()))
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            _give(arguments.folder / "assignments" / path.name, text.encode())
     print(f"now run: jupyter lab {arguments.folder}")
     return 0
+
+
+def _shipped(name: str) -> Path:
+    """A folder of the repository, or its copy in the installed package."""
+    package = Path(__file__).parent
+    found = next((f for f in (package / f"_{name}", package.parent / name) if f.is_dir()), None)
+    if found is None:
+        raise FileNotFoundError(f"the {name} are not installed: reinstall elign-lab, or work in a checkout")
+    return found
+
+
+def _give(target: Path, content: bytes) -> None:
+    """Write a file unless it exists: what a student has changed is never overwritten."""
+    if target.exists():
+        print(f"kept      {target}")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    print(f"copied    {target}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -469,18 +487,28 @@ def _gpff_sample(arguments: argparse.Namespace) -> int:
 
 
 def _gpff_evaluate(arguments: argparse.Namespace) -> int:
-    from elign_lab.gpff import load_force_field, quality_json, quality_table, quality_text
+    from elign_lab.benchmarks.denoiser import machine
+    from elign_lab.gpff import denoiser_table, load_force_field, quality_json, quality_table, quality_text
     from elign_lab.gpff.quality import BUDGETS
 
+    n, budgets = arguments.n, arguments.evaluations or BUDGETS
     with _oracle(arguments) as oracle:
-        rows = quality_table(
-            load_force_field(arguments.model),
-            arguments.n,
-            budgets=arguments.evaluations or BUDGETS,
-            oracle=oracle,
-            seed=arguments.seed,
-        )
-    print(json.dumps(quality_json(rows), indent=2) if arguments.json else quality_text(rows))
+        options = {"budgets": budgets, "oracle": oracle, "seed": arguments.seed, "progress": True}
+        rows = quality_table(load_force_field(arguments.model), n, **options)
+        if arguments.denoiser:
+            rows += denoiser_table(_model(arguments.denoiser, None), n, **options)
+    result = {
+        "model": arguments.model,
+        "denoiser": arguments.denoiser,
+        "oracle": arguments.oracle,
+        "seed": arguments.seed,
+        "machine": machine(),
+        "rows": quality_json(rows),
+    }
+    text = json.dumps(result, indent=2)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    print(text if arguments.json else quality_text(rows))
     return 0
 
 

@@ -77,7 +77,16 @@ def run_demo(out: str | Path, config: DemoConfig | None = None) -> DemoResult:
     verdict = describe(comparison)
     for name, batch in zip(NAMES, molecules, strict=True):
         batch.to_xyz(out / f"{name}.xyz")
-    report = write_html(out / "report.html", *evaluations, *molecules, history, names=NAMES, title=verdict)
+    report = write_html(
+        out / "report.html",
+        evaluations[0],
+        evaluations[1],
+        molecules[0],
+        molecules[1],
+        history,
+        names=NAMES,
+        title=verdict,
+    )
     result = {
         "verdict": verdict,
         **{name: e.to_dict() for name, e in zip(NAMES, evaluations, strict=True)},

@@ -137,7 +137,7 @@ def _examine_packages(report: Report) -> None:
 
 def _package(requirement: str) -> Package:
     """The state of one line of the package's metadata, such as "torch<2.14,>=2.13" or "torchani; extra == 'ani'"."""
-    name = re.match(r"[\w.-]+", requirement)[0]
+    name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
     extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
     required = requirement.split(";")[0].removeprefix(name).strip()
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class MoleculeBatch:
 
     # ------------------------------------------------------------------ building
     @classmethod
-    def from_arrays(cls, molecules: Iterable[tuple[Sequence[int], object]], check: bool = True) -> MoleculeBatch:
+    def from_arrays(cls, molecules: Iterable[tuple[ArrayLike, ArrayLike]], check: bool = True) -> MoleculeBatch:
         """Pad (atomic numbers (n,), positions (n, 3)) pairs to one batch."""
         pairs = [(torch.as_tensor(np.asarray(z)).reshape(-1), torch.as_tensor(np.asarray(x))) for z, x in molecules]
         for i, (z, x) in enumerate(pairs):
@@ -208,7 +209,9 @@ class MoleculeBatch:
     @classmethod
     def from_ase(cls, atoms: Atoms | Iterable[Atoms]) -> MoleculeBatch:
         """From one ASE Atoms object or several (cell and periodicity are dropped)."""
-        items = [atoms] if hasattr(atoms, "get_positions") else list(atoms)
+        from ase import Atoms
+
+        items = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         return cls.from_arrays((a.get_atomic_numbers(), a.get_positions()) for a in items)
 
     def to_ase(self) -> list[Atoms]:
@@ -220,7 +223,9 @@ class MoleculeBatch:
     @classmethod
     def from_rdkit(cls, mols: Mol | Iterable[Mol]) -> MoleculeBatch:
         """From RDKit molecules; each needs a 3D conformer, and hydrogens are what the molecule has explicitly."""
-        items = [mols] if hasattr(mols, "GetNumConformers") else list(mols)
+        from rdkit.Chem import Mol
+
+        items = [mols] if isinstance(mols, Mol) else list(mols)
         for i, mol in enumerate(items):
             if mol is None:
                 raise ValueError(f"molecule {i} is None: RDKit could not read it")
@@ -234,7 +239,7 @@ class MoleculeBatch:
     def from_smiles(cls, smiles: str | Iterable[str], seed: int = 1) -> MoleculeBatch:
         """Embed SMILES with RDKit (ETKDG, then MMFF94), hydrogens added."""
         from rdkit import Chem
-        from rdkit.Chem import AllChem
+        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
         mols = []
         for i, text in enumerate([smiles] if isinstance(smiles, str) else smiles):
@@ -242,10 +247,10 @@ class MoleculeBatch:
             if mol is None or mol.GetNumAtoms() == 0:
                 raise ValueError(f"molecule {i}: {text!r} is not a valid SMILES string")
             mol = Chem.AddHs(mol)
-            if AllChem.EmbedMolecule(mol, randomSeed=seed) != 0:
+            if rdDistGeom.EmbedMolecule(mol, randomSeed=seed) != 0:
                 raise ValueError(f"molecule {i}: RDKit could not embed {text!r}")
-            if AllChem.MMFFHasAllMoleculeParams(mol):
-                AllChem.MMFFOptimizeMolecule(mol, maxIters=2000)
+            if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+                rdForceFieldHelpers.MMFFOptimizeMolecule(mol, maxIters=2000)
             mols.append(mol)
         return cls.from_rdkit(mols)
 
@@ -259,7 +264,8 @@ class MoleculeBatch:
     def from_xyz(cls, source: str | Path) -> MoleculeBatch:
         """Read an xyz file (path), or xyz text, with one frame or several; extended-xyz columns are ignored."""
         text = _read_text(source, marker="\n")
-        lines, molecules, at = text.splitlines(), [], 0
+        lines, at = text.splitlines(), 0
+        molecules: list[tuple[list[int], np.ndarray]] = []
         while at < len(lines):
             if not lines[at].strip():
                 at += 1

@@ -69,6 +69,8 @@ class Neighbours(NamedTuple):
 class RadialBasis(nn.Module):
     """Gaussians in log(1 + r), times a smooth cutoff: short distances, where bonds are, get the finest resolution."""
 
+    centres: Tensor
+
     def __init__(self, config: PaiNNConfig) -> None:
         super().__init__()
         first, last = math.log1p(config.shortest), math.log1p(config.reach)
@@ -173,7 +175,8 @@ class PaiNN(nn.Module):
         Features of padding are not defined; they do not reach real atoms.
         """
         near = self.basis(positions, mask)
-        v = None
-        for layer in self.layers:
+        first, *others = self.layers
+        s, v = first(s, None, near)
+        for layer in others:
             s, v = layer(s, v, near)
         return s, v

@@ -1,9 +1,9 @@
-"""Put a trained denoiser into the package's assets, with its passport.
+"""Put a trained denoiser or pseudo-force field into the package's assets, with its passport.
 
 python scripts/pack_model.py RUN_DIR NAME --description TEXT --command TEXT [--figures evaluation.json] [--half]
 
-RUN_DIR is the folder of `elign-lab pretrain` or `elign-lab align`; the figures are what
-`elign-lab evaluate --json` printed for RUN_DIR/model.safetensors.
+RUN_DIR is the folder of `elign-lab pretrain`, `elign-lab align` or `elign-lab gpff train`; the figures are what
+`elign-lab evaluate --json` or `elign-lab gpff evaluate --json` printed for RUN_DIR/model.safetensors.
 """
 
 import argparse
@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from elign_lab.checkpoints import ASSETS, load_model, read_passport, save_model, sha256, write_passport
+from elign_lab.checkpoints import ASSETS, load_model, read_passport, read_weights, save_model, sha256, write_passport
+from elign_lab.gpff.model import FORMAT as FORCE_FIELD
+from elign_lab.gpff.model import load_force_field, save_force_field
 from elign_lab.training import load_state, read_json_lines
 
 PACKAGES = ("torch", "numpy", "rdkit", "tblite", "accelerate")
-
-
 LOG_ROWS = 100
 
 
 def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """About LOG_ROWS rows: those with a validation loss or an evaluation, others between them, and the last."""
     every = max(1, len(log) // LOG_ROWS)
-    special = {"validation_loss", "eval_force"}
+    special = {"validation_loss", "validation", "eval_force"}
     return [row for k, row in enumerate(log) if k % every == 0 or special & row.keys() or k == len(log) - 1]
 
 
@@ -44,15 +44,22 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="store float16")
     arguments = parser.parse_args()
 
-    model = load_model(arguments.run / arguments.weights)
+    source = arguments.run / arguments.weights
     state = load_state(arguments.run / "checkpoint.pt")
     dtype = torch.float16 if arguments.half else None
-    path = save_model(model, ASSETS / f"{arguments.name}.safetensors", dtype=dtype)
+    target = ASSETS / f"{arguments.name}.safetensors"
+    model: torch.nn.Module
+    if read_weights(source)[1].get("format") == FORCE_FIELD:
+        kind, model = "pseudo-force field", load_force_field(source)
+        path = save_force_field(model, target, dtype=dtype)
+    else:
+        kind, model = "denoiser", load_model(source)
+        path = save_model(model, target, dtype=dtype)
     log = read_json_lines(arguments.run / "log.jsonl")
     data = read_passport(ASSETS / "qm9_xtb.npz")
     write_passport(
         path,
-        kind="denoiser",
+        kind=kind,
         description=arguments.description,
         parameters=sum(p.numel() for p in model.parameters()),
         command=arguments.command,
@@ -61,7 +68,7 @@ def main() -> None:
         seed=state["config"]["seed"],
         log=_thinned(log),
         data={"file": data["file"], "sha256": data["sha256"]},
-        run_weights_sha256=sha256(arguments.run / arguments.weights),
+        run_weights_sha256=sha256(source),
         figures=json.loads(arguments.figures.read_text()) if arguments.figures else None,
         date=datetime.now(UTC).date().isoformat(),
         commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.sampling import ancestral, decode_record, mask_of_sizes
+from elign_lab.sampling import StepRecord, ancestral, decode_record, mask_of_sizes
 from elign_lab.training import step_generator
 
 
@@ -99,9 +99,10 @@ def rollout(
 def _last_state(model: Denoiser, mask: Tensor, grid: Sequence[int], noise: Iterator[Tensor]) -> Tensor:
     if len(grid) == 1:
         return next(noise)
-    last = None
+    last: StepRecord | None = None
     for last in ancestral(model, mask, grid=grid, noise=noise, decode=False):  # noqa: B007 (used below)
         pass
+    assert last is not None  # the grid has a step
     return last.z_s
 
 

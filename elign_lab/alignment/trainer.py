@@ -104,8 +104,9 @@ class Trainer:
         self.out = Path(out) if out is not None else None
         if self.out is not None and (self.out / "checkpoint.pt").exists():
             self._resume(self.out / "checkpoint.pt")
-        main = self.out is not None and self.accelerator.is_main_process
-        self.log = JsonLines(self.out / "log.jsonl", "iteration", self.iteration) if main else None
+        self.log: JsonLines | None = None
+        if self.out is not None and self.accelerator.is_main_process:
+            self.log = JsonLines(self.out / "log.jsonl", "iteration", self.iteration)
 
     # ------------------------------------------------------------------ the loop
     def run(self, iterations: int | None = None, *, progress: bool = True) -> list[dict[str, float]]:

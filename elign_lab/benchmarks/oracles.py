@@ -114,7 +114,8 @@ def scaling_exponent(rows: Sequence[Mapping[str, Any]], name: str, key: str = "s
     points = [(r["atoms"], r[key]) for r in chosen if r[key] is not None]
     if len(points) < 3:
         return None
-    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+    atoms, values = np.log(np.array(points)).T
+    return float(np.polyfit(atoms, values, 1)[0])
 
 
 def oracles_text(result: Mapping[str, Any]) -> str:

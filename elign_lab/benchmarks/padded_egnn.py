@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from elign_lab.denoiser import Denoiser
-from elign_lab.denoiser.egnn import COORDINATE_RANGE, EGNN, EdgeNetwork
+from elign_lab.denoiser.egnn import COORDINATE_RANGE, EGNN, EdgeNetwork, EquivariantBlock, MessageLayer
 from elign_lab.molecules import zero_com
 
 
@@ -35,11 +35,13 @@ def padded_eps(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     h = net.embedding(torch.cat(columns, -1)) * real
     d0 = None
     for block in net.blocks:
+        assert isinstance(block, EquivariantBlock)
         difference = x[:, :, None] - x[:, None, :]
         d = difference.square().sum(-1, keepdim=True)
         d0 = d if d0 is None else d0
         u = difference / (torch.sqrt(d + 1e-8) + config.norm_constant)
         for layer in block.messages:
+            assert isinstance(layer, MessageLayer)
             m = _edge_mlp(layer.edge, h, d, d0)
             if layer.attention is not None:
                 m = torch.sigmoid(layer.attention(m)) * m

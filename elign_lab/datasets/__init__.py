@@ -8,6 +8,7 @@ for indices in sampler.epoch(0):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from elign_lab.datasets.qm9 import load_qm9, qm9_size_histogram
 
 __all__ = ["SPLITS", "BatchSampler", "MoleculeDataset", "load_dataset", "qm9_size_histogram"]
 
-_LOADERS = {"bundled": load_bundled, "qm9": load_qm9, "geom": load_geom}
+_LOADERS: dict[str, Callable[..., MoleculeDataset]] = {"bundled": load_bundled, "qm9": load_qm9, "geom": load_geom}
 
 
 def load_dataset(

@@ -100,7 +100,7 @@ def save_bundled(
         positions=xtb,
         mmff94_shift=_quantised(mmff94 - xtb * _XTB_STEP, _MMFF94_STEP),
         split=split,
-        **{key: np.asarray(properties[key], dtype=np.float64 if key == "energy" else np.float32) for key in UNITS},
+        **{key: np.asarray(properties[key], dtype=np.float64 if key == "energy" else np.float32) for key in UNITS},  # type: ignore[arg-type]
     )
     passport = {
         "file": f"{STEM}.npz",

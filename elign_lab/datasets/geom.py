@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -150,7 +150,7 @@ def _conformers(smiles: Any, entry: Any, source: Path) -> Iterator[tuple[float, 
         raise ValueError(f"{source}: molecule {smiles!r} is not an entry of GEOM ({error!r})") from None
 
 
-def _append(files: dict[str, BinaryIO], energy: float, xyz: np.ndarray, molecule: int) -> None:
+def _append(files: Mapping[str, BinaryIO], energy: float, xyz: np.ndarray, molecule: int) -> None:
     positions = xyz[:, 1:] - xyz[:, 1:].mean(0)
     row = {"numbers": xyz[:, 0], "positions": positions, "sizes": len(xyz), "energy": energy, "molecule": molecule}
     for key, dtype in _TYPES.items():

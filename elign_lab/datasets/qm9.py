@@ -15,7 +15,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase.units import Hartree
@@ -189,7 +189,9 @@ def _read_tarball(path: Path) -> Iterator[_Record]:
         with bz2.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in tqdm(archive, desc=path.name, unit="molecule", total=N_CHARACTERIZED + N_UNCHARACTERIZED):
                 if member.isfile() and member.name.endswith(".xyz"):
-                    text = archive.extractfile(member).read().decode(errors="replace")
+                    content = archive.extractfile(member)
+                    assert content is not None  # a regular file has content
+                    text = content.read().decode(errors="replace")
                     yield _parse_xyz(text, f"{member.name} in {path}")
     except (EOFError, OSError, tarfile.TarError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): {_ADVICE}") from None
@@ -220,10 +222,10 @@ def _parse_xyz(text: str, where: str) -> _Record:
 
 
 def _read_sdf(sdf: Path, table: Path) -> Iterator[_Record]:
-    from rdkit import Chem, RDLogger
+    from rdkit import Chem, rdBase
 
     rows = _read_csv(table)
-    RDLogger.DisableLog("rdApp.*")  # RDKit prints the records that it cannot read; here they raise
+    rdBase.DisableLog("rdApp.*")  # RDKit prints the records that it cannot read; here they raise
     try:
         with sdf.open("rb") as stream:
             supplier = Chem.ForwardSDMolSupplier(stream, sanitize=False, removeHs=False)
@@ -241,7 +243,7 @@ def _read_sdf(sdf: Path, table: Path) -> Iterator[_Record]:
                     "",
                 )
     finally:
-        RDLogger.EnableLog("rdApp.*")
+        rdBase.EnableLog("rdApp.*")
     if rows:
         raise ValueError(f"{sdf} is truncated: {len(rows)} molecules of {table} are not in it: {_ADVICE}")
 
@@ -274,7 +276,12 @@ def _gdb_id(name: str, path: Path) -> int:
 
 def _write_cache(path: Path, data: MoleculeDataset, fingerprint: list[list[str | int]]) -> None:
     temporary = path.with_suffix(".tmp")
-    arrays = {"numbers": data.numbers, "positions": data.positions, "sizes": data.sizes, **data.properties}
+    arrays: dict[str, Any] = {
+        "numbers": data.numbers,
+        "positions": data.positions,
+        "sizes": data.sizes,
+        **data.properties,
+    }
     if data.smiles is not None:
         arrays["smiles"] = data.smiles
     with temporary.open("wb") as file:

@@ -196,7 +196,7 @@ class Denoiser(nn.Module):
         """Mean of the reverse kernel, z_t / alpha_ts - (sigma_ts^2 / (alpha_ts sigma_t)) eps."""
         return z_t / step.alpha_ts - step.eps_coefficient * eps
 
-    def _alpha_sigma(self, t: int | Tensor, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    def _alpha_sigma(self, t: int | Tensor, like: Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
         if isinstance(t, int):
             return self.schedule.alpha_sigma(t)
         alpha, sigma = self.schedule.alpha_sigma(t)

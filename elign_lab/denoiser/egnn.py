@@ -154,6 +154,7 @@ class EGNN(nn.Module):
         h = self.embedding(h)
         d0, options = None, EdgeOptions(self.dtype, self.compiled)
         for block in self.blocks:
+            assert isinstance(block, EquivariantBlock)
             difference = x[layout.receiver] - x[layout.sender]
             squared = difference.square().sum(1, keepdim=True)
             direction = difference / (torch.sqrt(squared + 1e-8) + self.norm_constant)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from elign_lab.checkpoints import save_model
 from elign_lab.datasets import BatchSampler, MoleculeDataset, load_dataset
 from elign_lab.denoiser.diffusion import Denoiser, DenoiserConfig
+from elign_lab.denoiser.egnn import EGNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.training import (
@@ -97,8 +99,11 @@ def pretrain(
     validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
     torch.manual_seed(config.seed)  # initial weights: PyTorch's initialisers take no generator
     model = Denoiser(config.model).with_size_histogram(train.size_histogram()).to(accelerator.device)
-    model.network.dtype = torch.bfloat16 if config.bfloat16 else None
-    model.network.compiled = config.compile
+    if isinstance(model.network, EGNN):
+        model.network.dtype = torch.bfloat16 if config.bfloat16 else None
+        model.network.compiled = config.compile
+    elif config.bfloat16 or config.compile:
+        raise ValueError("bfloat16 and compile need the equivariant network, which this model does not have")
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
@@ -120,7 +125,8 @@ def pretrain(
     bar = tqdm(
         total=config.steps, initial=step, desc="pretraining", disable=not (progress and accelerator.is_main_process)
     )
-    started, before, total_loss, since = time.monotonic(), seconds, 0.0, 0
+    started, before, since = time.monotonic(), seconds, 0
+    total_loss: float | Tensor = 0.0
     with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)

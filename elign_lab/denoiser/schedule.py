@@ -7,25 +7,28 @@ it so; what follows from it is computed in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
+
 
 @dataclass(frozen=True)
-class Transition:
+class Transition(Generic[Number]):
     """The Gaussian reverse kernel from t to s < t: z_s = z_t / alpha_ts - eps_coefficient * eps + sigma * xi.
 
     Fields are floats (for integer t and s) or tensors of their shape. `ratio_scale` is c_t of the likelihood ratio:
     the mean moves by -sigma * c_t * (eps_new - eps_old), with c_t^2 = expm1(gamma_t - gamma_s).
     """
 
-    alpha_ts: float | Tensor
-    sigma2_ts: float | Tensor
-    eps_coefficient: float | Tensor
-    sigma: float | Tensor
-    ratio_scale: float | Tensor
+    alpha_ts: Number
+    sigma2_ts: Number
+    eps_coefficient: Number
+    sigma: Number
+    ratio_scale: Number
 
 
 class NoiseSchedule:
@@ -54,13 +57,21 @@ class NoiseSchedule:
             self._on_device[t.device] = self.gamma.to(t.device)
         return self._on_device[t.device][t]
 
-    def alpha_sigma(self, t: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    @overload
+    def alpha_sigma(self, t: int) -> tuple[float, float]: ...
+    @overload
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def alpha_sigma(self, t: int | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """alpha_t and sigma_t; floats for an integer t, float64 tensors for a tensor."""
         g = self._gamma_of(t)
         alpha, sigma = torch.sigmoid(-g).sqrt(), torch.sigmoid(g).sqrt()
         return (float(alpha), float(sigma)) if isinstance(t, int) else (alpha, sigma)
 
-    def transition(self, t: int | Tensor, s: int | Tensor) -> Transition:
+    @overload
+    def transition(self, t: int, s: int) -> Transition[float]: ...
+    @overload
+    def transition(self, t: Tensor, s: Tensor) -> Transition[Tensor]: ...
+    def transition(self, t: int | Tensor, s: int | Tensor) -> Transition[float] | Transition[Tensor]:
         """The reverse kernel from t to s (SPEC section 1), for s < t."""
         gt, gs = self._gamma_of(t), self._gamma_of(s)
         sigma2_ts = -torch.expm1(torch.nn.functional.softplus(gs) - torch.nn.functional.softplus(gt))

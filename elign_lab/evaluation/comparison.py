@@ -26,14 +26,18 @@ from elign_lab.molecules import MoleculeBatch
 
 FloatArray = NDArray[np.floating]
 # RDKit's fragment counters (rdkit.Chem.Fragments) that are common among small organic molecules
+_COUNTERS = {
+    "alcohol": "fr_Al_OH",
+    "ether": "fr_ether",
+    "carbonyl": "fr_C_O",
+    "amide": "fr_amide",
+    "primary amine": "fr_NH2",
+    "nitrile": "fr_nitrile",
+    "epoxide": "fr_epoxide",
+}
 FUNCTIONAL_GROUPS: dict[str, Callable[[Mol], int]] = {
-    "alcohol": Fragments.fr_Al_OH,
-    "ether": Fragments.fr_ether,
-    "carbonyl": Fragments.fr_C_O,
-    "amide": Fragments.fr_amide,
-    "primary amine": Fragments.fr_NH2,
-    "nitrile": Fragments.fr_nitrile,
-    "epoxide": Fragments.fr_epoxide,
+    group: getattr(Fragments, counter)  # made by RDKit when it is imported
+    for group, counter in _COUNTERS.items()
 }
 _MAX_RINGS = 3  # molecules with more are counted here
 _FINGERPRINT_RADIUS = 2

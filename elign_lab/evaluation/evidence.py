@@ -6,7 +6,8 @@ makes it; the passport beside the file says with which models, seeds, methods an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elign_lab.checkpoints import ASSETS
+from elign_lab.checkpoints import ASSETS, load_model
+from elign_lab.denoiser import Denoiser
+from elign_lab.evaluation.physics import physics
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.oracles import Oracle, load_oracle
+from elign_lab.sampling import sample
 
 EVIDENCE = ASSETS / "evidence.npz"
 
@@ -87,6 +92,60 @@ class Evidence:
                 archive["f_rms"],
                 archive["status"],
             )
+
+
+def collect(
+    models: Mapping[str, Denoiser],
+    oracles: Mapping[str, Oracle],
+    n: int,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Evidence:
+    """Sample n molecules of each model from the same sizes and the same noise, and ask every oracle about them.
+
+    steps: reverse steps of a sample (default: all). What an oracle cannot evaluate is NaN, with its status. Raises
+    ValueError for no model, no oracle, and what `sample` refuses.
+    """
+    if not models or not oracles:
+        raise ValueError(f"evidence needs models and oracles: got {len(models)} and {len(oracles)}")
+    batches = [sample(model, n, steps=steps, seed=seed, batch_size=n) for model in models.values()]
+    answers = [[physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in batches]
+    return Evidence(
+        tuple(models),
+        tuple(oracles),
+        tuple(batch.to("cpu", torch.float32) for batch in batches),
+        np.stack([[answer.energy_per_atom.numpy() for answer in row] for row in answers]),
+        np.stack([[answer.f_rms.numpy() for answer in row] for row in answers]),
+        np.array([[answer.status for answer in row] for row in answers]),
+    )
+
+
+def load_or_collect(
+    models: Sequence[str],
+    oracles: Sequence[str],
+    n: int,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    path: str | Path = EVIDENCE,
+) -> tuple[Evidence, str]:
+    """The evidence file, or, where there is none, a small evidence that is computed now; and one line that says which.
+
+    models and oracles are names for `load_model` and `load_oracle`, n is the number of molecules of each model; they
+    count for what is computed only. Errors: as `Evidence.load` for a foreign file, and as `collect`.
+    """
+    path = Path(path)
+    if path.is_file():
+        evidence, source = Evidence.load(path), f"read from {path.name}"
+    else:
+        with ExitStack() as stack:
+            asked = {name: stack.enter_context(load_oracle(name)) for name in oracles}
+            evidence = collect({name: load_model(name) for name in models}, asked, n, steps=steps, seed=seed)
+        source = f"computed now, there is no {path.name} (scripts/make_evidence.py makes it, DFT included)"
+    count = len(evidence.molecules[0])
+    judges = ", ".join(evidence.oracles)
+    return evidence, f"{source}: {count} molecules of each of {', '.join(evidence.models)}, judged by {judges}"
 
 
 def _index(names: Sequence[str], name: str, what: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from numbers import Real
@@ -208,7 +209,7 @@ def _learning_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _distributions(comparison: Comparison, names: tuple[str, str]) -> dict[str, Figure]:

@@ -101,9 +101,9 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> In
     n = len(first)
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    product = both * neither - only_first * only_second
+    product = float(both * neither - only_first * only_second)
     if product > 0:
-        product = max(product - n / 2, 0)
+        product = max(product - n / 2, 0.0)
     margins = float(both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     correlation = product / np.sqrt(margins) if margins else 0.0
     return difference(wilson(int(first.sum()), n), wilson(int(second.sum()), n), correlation)

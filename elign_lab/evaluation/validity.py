@@ -17,7 +17,7 @@ from rdkit.Chem import Atom, BondType, Conformer, GetMolFrags, Mol, MolToSmiles,
 from elign_lab.evaluation.stability import bond_orders, finite
 from elign_lab.molecules import MoleculeBatch
 
-_BOND_TYPES = (None, BondType.SINGLE, BondType.DOUBLE, BondType.TRIPLE)
+_BOND_TYPES = {1: BondType.SINGLE, 2: BondType.DOUBLE, 3: BondType.TRIPLE}
 
 
 def rdkit_mols(batch: MoleculeBatch, *, single_bonds: bool = False) -> list[Mol]:

@@ -9,7 +9,16 @@ from elign_lab.gpff.editing import Edit, replace_group
 from elign_lab.gpff.generate import SAMPLERS, generate, get_sampler, start_positions
 from elign_lab.gpff.model import GPFFConfig, PseudoForceField, load_force_field, save_force_field
 from elign_lab.gpff.pseudo_forces import nearest_image, perturb
-from elign_lab.gpff.quality import Quality, judge, quality_json, quality_table, quality_text
+from elign_lab.gpff.quality import (
+    Quality,
+    denoiser_table,
+    judge,
+    quality_figure,
+    quality_from_json,
+    quality_json,
+    quality_table,
+    quality_text,
+)
 from elign_lab.gpff.record import ForceRecord
 from elign_lab.gpff.task import SamplingTask
 
@@ -25,6 +34,7 @@ __all__ = [
     "SamplingTask",
     "Sphere",
     "calibrate",
+    "denoiser_table",
     "generate",
     "get_sampler",
     "judge",
@@ -33,6 +43,8 @@ __all__ = [
     "parse_formula",
     "perturb",
     "pocket",
+    "quality_figure",
+    "quality_from_json",
     "quality_json",
     "quality_table",
     "quality_text",

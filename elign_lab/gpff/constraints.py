@@ -153,9 +153,10 @@ class Constraints:
 
     def _push_out(self, x: Tensor, sphere: Sphere, mobility: Tensor) -> None:
         difference = x - torch.tensor(sphere.centre).to(x)
-        length = difference.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-        outward = (sphere.radius / length - 1).clamp(min=0) * difference
-        x += outward * mobility.view(1, -1, 1)
+        length = difference.norm(dim=-1, keepdim=True)
+        # an atom at the centre has no direction outward: any will do
+        direction = torch.where(length > 1e-6, difference / length.clamp(min=1e-6), x.new_tensor([1.0, 0.0, 0.0]))
+        x += (sphere.radius - length).clamp(min=0) * direction * mobility.view(1, -1, 1)
 
     def _check_pairs(self) -> None:
         seen: dict[frozenset[int], float] = {}

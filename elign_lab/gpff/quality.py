@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from rdkit import rdBase
-from rdkit.Chem import Atom, Conformer, GetMolFrags, MolToSmiles, RWMol, SanitizeMol
-from rdkit.Chem.rdDetermineBonds import DetermineBondOrders, DetermineConnectivity
+from plotly.colors import qualitative
+from rdkit.Chem import MolToSmiles
+from tqdm.auto import tqdm
 
+from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import evaluate
+from elign_lab.evaluation.intervals import wilson
 from elign_lab.evaluation.report import align_columns
 from elign_lab.gpff.compositions import draw_compositions
+from elign_lab.gpff.editing_bonds import perceive
 from elign_lab.gpff.generate import SAMPLERS, generate
 from elign_lab.gpff.model import PseudoForceField
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.sampling import sample
+from elign_lab.teaching import Figure
 
 if TYPE_CHECKING:
     from elign_lab.oracles import Oracle
 
-_MAX_ITERATIONS = 1000  # of the search for bond orders, so that a wrong structure cannot hang it
+EDM = "EDM "  # before the names of a denoiser's samplers
 BUDGETS = (4, 6, 8, 16, 32, 64, 128, 256)
 
 # name -> sampler and its options
@@ -79,34 +84,11 @@ def judge(batch: MoleculeBatch, oracle: Oracle | None = None) -> dict[str, Any]:
 def valid_smiles(batch: MoleculeBatch) -> list[str | None]:
     """SMILES of each structure that is one neutral molecule of just its atoms, None of the others.
 
-    Bonds from distances and bond orders from valences by RDKit (rdDetermineBonds, after Kim and Kim, Bull. Korean Chem.
-    Soc. 2015, 36, 1769). Valid: all positions finite, one fragment, bond orders found without charges or radicals,
-    sanitised. No hydrogen is added, so the composition is that of the structure. Stereochemistry is left out.
+    What a molecule is, `perceive` says. No hydrogen is added, so the composition is that of the structure.
+    Stereochemistry is left out.
     """
-    with rdBase.BlockLogs():
-        return [_smiles(z, x) for z, x in batch.arrays()]
-
-
-def _smiles(numbers: np.ndarray, positions: np.ndarray) -> str | None:
-    if not np.isfinite(positions).all():
-        return None
-    mol, conformer = RWMol(), Conformer(len(numbers))
-    conformer.Set3D(True)
-    conformer.SetPositions(positions.astype(np.float64))
-    for z in numbers.tolist():
-        mol.AddAtom(Atom(z))
-    mol.AddConformer(conformer)
-    try:
-        DetermineConnectivity(mol)
-        if len(GetMolFrags(mol)) > 1:
-            return None
-        DetermineBondOrders(mol, charge=0, embedChiral=False, maxIterations=_MAX_ITERATIONS)
-        SanitizeMol(mol)
-    except ValueError:
-        return None
-    if any(atom.GetFormalCharge() or atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
-        return None
-    return MolToSmiles(mol)
+    found = [perceive(numbers, positions) for numbers, positions in batch.arrays()]
+    return [None if mol is None else MolToSmiles(mol) for mol in found]
 
 
 def quality_table(
@@ -118,36 +100,102 @@ def quality_table(
     oracle: Oracle | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> list[Quality]:
     """Quality of n structures for each sampler and budget of network calls; the same compositions and seeds for all.
 
     Compositions are drawn from the model's training set.
     """
-    compositions = draw_compositions(model.config.compositions, n, torch.Generator().manual_seed(seed))
-    rows = []
-    for name, (sampler, options) in variants.items():
+    for name, (sampler, _) in variants.items():
         if sampler not in SAMPLERS:
             raise ValueError(f"variant {name!r} uses the unknown sampler {sampler!r}")
-        for budget in budgets:
-            started = time.process_time()
-            batch = generate(
-                model,
-                compositions=compositions,
-                sampler=sampler,
-                evaluations=budget,
-                seed=seed,
-                batch_size=batch_size,
-                **options,
-            )
-            seconds = (time.process_time() - started) / n
-            rows.append(Quality(name, budget, n, **judge(batch, oracle), seconds=seconds))
+    compositions = draw_compositions(model.config.compositions, n, torch.Generator().manual_seed(seed))
+
+    def make(variant: str, budget: int) -> MoleculeBatch:
+        sampler, options = variants[variant]
+        return generate(
+            model,
+            compositions=compositions,
+            sampler=sampler,
+            evaluations=budget,
+            seed=seed,
+            batch_size=batch_size,
+            **options,
+        )
+
+    return _rows(make, variants, budgets, oracle, progress)
+
+
+def denoiser_table(
+    model: Denoiser,
+    n: int = 128,
+    *,
+    budgets: Iterable[int] = BUDGETS,
+    samplers: Sequence[str] = ("ancestral", "dpm_solver"),
+    oracle: Oracle | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Quality]:
+    """The same figures for a denoiser, which draws its own atoms; the last of its `budgets` calls decodes."""
+
+    def make(sampler: str, budget: int) -> MoleculeBatch:
+        return sample(model, n, steps=budget - 1, sampler=sampler.removeprefix(EDM), seed=seed, batch_size=batch_size)
+
+    return _rows(make, [EDM + name for name in samplers], [b for b in budgets if b > 1], oracle, progress)
+
+
+def _rows(
+    make: Callable[[str, int], MoleculeBatch],
+    names: Iterable[str],
+    budgets: Iterable[int],
+    oracle: Oracle | None,
+    progress: bool,
+) -> list[Quality]:
+    rows = []
+    for name, budget in tqdm(list(itertools.product(names, budgets)), desc="samplers", disable=not progress):
+        started = time.process_time()
+        batch = make(name, budget)
+        seconds = (time.process_time() - started) / len(batch)
+        rows.append(Quality(name, budget, len(batch), **judge(batch, oracle), seconds=seconds))
     return rows
+
+
+def quality_figure(rows: Sequence[Quality], key: str = "validity") -> Figure:
+    """Validity (or edm_validity, stability, uniqueness) against network evaluations, with Wilson's 95 % intervals."""
+    title = {"validity": "valid", "edm_validity": "valid by distance tables", "stability": "stable"}.get(key, key)
+    alt = f"Share of structures that are {title} against network evaluations, one line for each sampler."
+    figure = Figure(x="network evaluations (NFE)", y=f"{title} (%)", alt=alt, height=460)
+    for k, name in enumerate(dict.fromkeys(row.sampler for row in rows)):
+        line = sorted((r for r in rows if r.sampler == name), key=lambda r: r.evaluations)
+        shares = [wilson(round(getattr(r, key) * r.n), r.n) for r in line]
+        figure.add_scatter(
+            x=[r.evaluations for r in line],
+            y=[100 * s.value for s in shares],
+            error_y={
+                "array": [100 * (s.high - s.value) for s in shares],
+                "arrayminus": [100 * (s.value - s.low) for s in shares],
+                "thickness": 0.8,
+                "width": 0,
+            },
+            name=name,
+            line={"color": qualitative.Dark24[k], "dash": "dot" if name.startswith(EDM) else "solid"},
+        )
+    figure.update_xaxes(type="log", tickvals=sorted({r.evaluations for r in rows}))
+    figure.update_yaxes(range=[0, 100])
+    figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1})
+    return figure
 
 
 def quality_text(rows: Sequence[Quality]) -> str:
     """A plain-text table of the rows."""
     head = ["sampler", "NFE", "valid %", "EDM valid %", "stable %", "unique %", "f_RMS", "ms"]
     return align_columns([head, *(_cells(row) for row in rows)])
+
+
+def quality_from_json(rows: Iterable[Mapping[str, Any]]) -> list[Quality]:
+    """Rows from what `quality_json` made."""
+    return [Quality(**{**row, "f_rms": math.nan if row["f_rms"] is None else row["f_rms"]}) for row in rows]
 
 
 def quality_json(rows: Sequence[Quality]) -> list[dict[str, Any]]:

@@ -105,6 +105,8 @@ def require_cache() -> None:
 def registry() -> dict[str, dict[str, Any]]:
     """The models that the installed fairchem-core knows by name: where each is on Hugging Face."""
     package = importlib.util.find_spec("fairchem.core")  # imports the empty namespace `fairchem` only
+    if package is None or not package.submodule_search_locations:
+        raise UMAUnavailableError("missing", f"run `{INSTALL}`")
     folder = Path(package.submodule_search_locations[0])
     return json.loads((folder / "calculate" / "pretrained_models.json").read_text())
 

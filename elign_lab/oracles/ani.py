@@ -7,14 +7,16 @@ import urllib.request
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from elign_lab.checkpoints import weights_hash
 from elign_lab.molecules import MoleculeBatch, atomic_number
 from elign_lab.oracles._evaluation import HARTREE_IN_EV, Evaluation, Molecule
-from elign_lab.oracles.protocol import Oracle
+from elign_lab.oracles.protocol import Oracle, precision_of
 
 SYMBOLS = ("H", "C", "N", "O", "S", "F", "Cl")
 MEMBERS = 8
@@ -68,7 +70,7 @@ class ANIOracle(Oracle):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         path = _downloaded() if weights is None else Path(weights)
         self._model, self_energies = _from_folder(path) if path.is_dir() else _from_state_dict(path)
-        self._model.set_enabled("energy_shifter", False)
+        self._model.set_enabled("energy_shifter", False)  # type: ignore[operator]
         self._model.requires_grad_(False).to(device=device, dtype=dtype)
         self._self_energies = {atomic_number(s): e * HARTREE_IN_EV for s, e in self_energies.items()}
         if atom_energies is None:
@@ -84,6 +86,11 @@ class ANIOracle(Oracle):
         if ready and not _cached().is_file():
             reason = f"the weights are not here yet: they are downloaded on first use, or pass weights= ({NEUROCHEM})"
         return ready, reason
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity."""
+        energies = sorted(self._self_energies.items())
+        return {"weights": weights_hash(self._model), "energies": energies, **precision_of(self.dtype, self.device)}
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         # similar sizes together, so that little of a batch is padding
@@ -113,7 +120,7 @@ class ANIOracle(Oracle):
         ]
 
 
-def _architecture() -> torch.nn.Module:
+def _architecture() -> Any:  # torchani's modules are not typed
     """ANI-2x without its weights."""
     with warnings.catch_warnings():
         # torchani announces at import that its optional CUDA extensions are not compiled

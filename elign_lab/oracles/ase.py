@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
@@ -57,8 +58,9 @@ class ASEOracle(Oracle):
 
 
 def _made(source: BaseCalculator | Callable[[], BaseCalculator]) -> BaseCalculator:
-    is_class = isinstance(source, type)
-    calculator = source() if callable(source) and (is_class or not _is_calculator(source)) else source
+    # a calculator may be callable too, and a class has the methods of its objects
+    made = callable(source) and (isinstance(source, type) or not _is_calculator(source))
+    calculator: Any = source() if made else source  # type: ignore[operator]
     if not _is_calculator(calculator):
         raise ValueError(
             f"expected an ASE calculator or a function that makes one, got {type(source).__name__}; "

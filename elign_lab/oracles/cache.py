@@ -13,22 +13,13 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from functools import singledispatch
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from elign_lab.checkpoints import sha256
 from elign_lab.oracles._evaluation import OK, Evaluation, Molecule
-from elign_lab.oracles.ani import ANIOracle
-from elign_lab.oracles.dft import DFTOracle
-from elign_lab.oracles.learned import LearnedOracle
 from elign_lab.oracles.protocol import Oracle
-from elign_lab.oracles.uma import UMAOracle
-from elign_lab.oracles.xtb import XTBOracle
 
 APPLICATION = 0x456C6967  # SQLite's mark of the program that a file belongs to: "Elig"
 BUSY_SECONDS = 60.0
@@ -43,11 +34,11 @@ class CachedOracle(Oracle):
     oracle: the one that computes. It makes the checks, and only answers that are "ok" are kept: a failure may be one of
         the moment, such as a timeout, and is tried again.
     path: the cache file; it is made when it is not there. Several oracles may share one file.
-    identity: what defines the numbers of `oracle`, as JSON values, for an oracle that this module does not know.
+    identity: what defines the numbers of `oracle`, as JSON values, for an oracle that cannot say it itself.
     write_every: molecules that are computed between two writes, which is what a kill can cost.
 
-    `hits` and `misses` count molecules, a repeated one in the same batch as a hit. Raises ValueError for an unknown
-    oracle without `identity`, and for a file that is not such a cache.
+    `hits` and `misses` count molecules, a repeated one in the same batch as a hit. Raises ValueError for an oracle
+    that cannot say its identity when none is given, and for a file that is not such a cache.
     """
 
     def __init__(
@@ -68,7 +59,7 @@ class CachedOracle(Oracle):
         self.oracle, self.path, self.write_every = oracle, Path(path), write_every
         self.name, self.elements, self.max_extent = oracle.name, oracle.elements, oracle.max_extent
         self.has_uncertainty, self.atom_energies = oracle.has_uncertainty, oracle.atom_energies
-        about = {"oracle": oracle.name, **(settings_of(oracle) if identity is None else identity)}
+        about = {"oracle": oracle.name, **(oracle.identity() if identity is None else identity)}
         self._identity = json.dumps(about, sort_keys=True).encode()
         self.hits = self.misses = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,66 +127,10 @@ def _sound(answer: Evaluation, n: int) -> bool:
     """Whether an answer is a success that the checks of Oracle will let pass."""
     return (
         answer.status == OK
-        and np.shape(answer.forces) == (n, 3)
+        and answer.forces is not None
+        and answer.forces.shape == (n, 3)
         and bool(np.isfinite(answer.energy) and np.isfinite(answer.forces).all())
     )
-
-
-# ---------------------------------------------------------------------- what defines the numbers
-@singledispatch
-def settings_of(oracle: Oracle) -> dict[str, Any]:
-    """What the numbers of an oracle depend on, as JSON values. Raises ValueError for a kind that is not known here."""
-    raise ValueError(
-        f"what defines the numbers of a {type(oracle).__name__} is not known: pass identity=, a dictionary of its "
-        "method, its settings and its version"
-    )
-
-
-@settings_of.register
-def _(oracle: XTBOracle) -> dict[str, Any]:
-    return {**oracle._evaluate.keywords, "tblite": metadata.version("tblite")}
-
-
-@settings_of.register
-def _(oracle: DFTOracle) -> dict[str, Any]:
-    s = oracle.settings
-    numbers = {"xc": s.xc, "basis": s.basis, "grid_level": s.grid_level, "conv_tol": s.conv_tol}
-    solver = {"max_cycle": s.max_cycle, "density_fit": s.density_fit, "gpu": s.gpu}
-    return {**numbers, **solver, "pyscf": metadata.version("pyscf")}
-
-
-@settings_of.register
-def _(oracle: ANIOracle) -> dict[str, Any]:
-    return {"weights": _hash(oracle._model), "energies": sorted(oracle._self_energies.items()), **_torch(oracle)}
-
-
-@settings_of.register
-def _(oracle: LearnedOracle) -> dict[str, Any]:
-    config = oracle.model.config
-    return {"weights": _hash(oracle.model), "config": repr(config), **_torch(oracle)}
-
-
-@settings_of.register
-def _(oracle: UMAOracle) -> dict[str, Any]:
-    return {
-        "weights": sha256(oracle.weights.path),
-        "mirror_average": oracle.mirror_average,
-        "fairchem": metadata.version("fairchem-core"),
-        **_torch(oracle),
-    }
-
-
-def _torch(oracle: ANIOracle | LearnedOracle | UMAOracle) -> dict[str, Any]:
-    return {"dtype": str(oracle.dtype), "device": oracle.device.type, "torch": torch.__version__}
-
-
-def _hash(module: torch.nn.Module) -> str:
-    """SHA-256 over names and values of all weights and buffers."""
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 # ---------------------------------------------------------------------- the file

@@ -6,7 +6,10 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from dataclasses import asdict
 from functools import partial
+from importlib import metadata
+from typing import Any
 
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, symbol
 from elign_lab.oracles._evaluation import Evaluation, Molecule
@@ -81,6 +84,10 @@ class DFTOracle(Oracle):
     def close(self) -> None:
         """Stop the worker processes; the next call starts new ones."""
         self._pool.close()
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity."""
+        return {**asdict(self.settings), "pyscf": metadata.version("pyscf")}
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         return self._pool.map(molecules)

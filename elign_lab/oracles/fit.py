@@ -209,7 +209,8 @@ def _train_step(
     """One step; returns loss, energy MAE (eV/atom) and force MAE (eV/Angstrom, per component) of this process."""
     share = indices[accelerator.process_index :: accelerator.num_processes]
     batch, energy, forces = labels.batch(share)
-    batch, energy, forces = (x.to(accelerator.device) for x in (batch, energy, forces))
+    device = accelerator.device
+    batch, energy, forces = batch.to(device), energy.to(device), forces.to(device)
     predicted_energy, predicted = _predict(model, batch, training=True)
     n = batch.sizes
     energy_error = (predicted_energy - (energy - _reference(model, batch)).to(predicted_energy.dtype)).abs() / n

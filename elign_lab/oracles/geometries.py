@@ -102,10 +102,10 @@ def contact(molecule: Molecule, rng: np.random.Generator) -> Molecule:
     if len(numbers) == 1 or rng.integers(2):
         numbers = np.append(numbers, rng.choice(ELEMENTS))
         positions = np.concatenate([positions, positions[:1] + rng.normal(size=(1, 3))])
-        moved, target = len(numbers) - 1, rng.integers(len(numbers) - 1)
+        moved, target = len(numbers) - 1, int(rng.integers(len(numbers) - 1))
         direction = rng.normal(size=3)
     else:
-        moved, target = rng.choice(len(numbers), size=2, replace=False)
+        moved, target = (int(i) for i in rng.choice(len(numbers), size=2, replace=False))
         positions = positions.copy()
         direction = positions[moved] - positions[target]
     distance = rng.uniform(0.45, 0.95) * covalent_radii[numbers[[moved, target]]].sum()

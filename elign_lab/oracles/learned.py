@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from ase.data import covalent_radii
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from elign_lab.checkpoints import ASSETS, read_weights, verify_asset, write_weights
+from elign_lab.checkpoints import ASSETS, read_weights, verify_asset, weights_hash, write_weights
 from elign_lab.molecules import MoleculeBatch, symbol
 from elign_lab.oracles._evaluation import Evaluation, Molecule
-from elign_lab.oracles.protocol import Oracle
+from elign_lab.oracles.protocol import Oracle, precision_of
 from elign_lab.painn import PaiNN, PaiNNConfig, smooth_step
 
 BUNDLED = "oracle-mini"
@@ -62,6 +63,9 @@ class EnergyConfig:
 class EnergyModel(nn.Module):
     """Energy of molecules from (soft) element types and positions; differentiable in both."""
 
+    elements: Tensor
+    radii: Tensor
+
     def __init__(self, config: EnergyConfig) -> None:
         super().__init__()
         self.config = config
@@ -76,7 +80,7 @@ class EnergyModel(nn.Module):
 
     def type_weights(self, numbers: Tensor) -> Tensor:
         """Atomic numbers (B, N) -> one-hot types (B, N, elements) in the dtype of the weights; padding is zero."""
-        return (numbers.unsqueeze(-1) == self.elements).to(self.embedding.dtype)
+        return numbers.unsqueeze(-1).eq(self.elements).to(self.embedding.dtype)
 
     def forward(self, type_weights: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """type_weights (B, N, elements), positions (B, N, 3) in Angstrom, mask (B, N) -> energy (B,) in eV, float64.
@@ -215,6 +219,11 @@ class LearnedOracle(Oracle):
         if tuple(type_weights.shape) != want:
             raise ValueError(f"type_weights has shape {tuple(type_weights.shape)}, expected {want}")
         return self.model(type_weights, positions, mask)
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity."""
+        precision = precision_of(self.dtype, self.device)
+        return {"weights": weights_hash(self.model), "config": repr(self.model.config), **precision}
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         order = np.argsort([len(numbers) for numbers, _ in molecules], kind="stable")

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -91,11 +91,11 @@ class Oracle(ABC):
     Counters: `calls`, `molecules`, `failures` and `seconds` add up over the life of the oracle.
     """
 
-    name: ClassVar[str]
+    name: str
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that the oracle imports, each with the command that installs it."""
-    has_uncertainty: ClassVar[bool] = False
-    max_extent: ClassVar[float] = 500.0
+    has_uncertainty: bool = False
+    max_extent: float = 500.0
     """Largest width in Angstrom. Untrained models fling atoms about, and tblite does not return for such structures."""
     elements: frozenset[int]
     """Atomic numbers that the oracle supports."""
@@ -126,6 +126,16 @@ class Oracle(ABC):
     @abstractmethod
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         """Evaluate molecules that passed the checks: one Evaluation each, in the same order."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on (method, settings, weights, versions), as JSON values: the key of a cache.
+
+        Raises ValueError for an oracle that does not say.
+        """
+        raise ValueError(
+            f"what defines the numbers of a {type(self).__name__} is not known: pass identity=, a dictionary of its "
+            "method, its settings and its version"
+        )
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
@@ -235,23 +245,32 @@ class Oracle(ABC):
         for i, answer in enumerate(answers):
             forces[i, mask[i]] = torch.nan if answer.forces is None else torch.as_tensor(answer.forces)
         # float32 at least: half precision cannot hold a total energy
-        like = {"device": batch.positions.device, "dtype": torch.promote_types(batch.positions.dtype, torch.float32)}
-        uncertainty = [np.nan if a.uncertainty is None else a.uncertainty for a in answers]
+        device, dtype = batch.positions.device, torch.promote_types(batch.positions.dtype, torch.float32)
+        uncertainty = None
+        if self.has_uncertainty:
+            deviations = [np.nan if a.uncertainty is None else a.uncertainty for a in answers]
+            uncertainty = torch.tensor(deviations, dtype=torch.float64).to(device, dtype)
         return OracleResult(
-            energy=torch.tensor([a.energy for a in answers], dtype=torch.float64).to(**like),
-            forces=forces.to(**like),
-            ok=torch.tensor([a.status == OK for a in answers], dtype=torch.bool, device=like["device"]),
+            energy=torch.tensor([a.energy for a in answers], dtype=torch.float64).to(device, dtype),
+            forces=forces.to(device, dtype),
+            ok=torch.tensor([a.status == OK for a in answers], dtype=torch.bool, device=device),
             status=tuple(a.status for a in answers),
-            uncertainty=torch.tensor(uncertainty, dtype=torch.float64).to(**like) if self.has_uncertainty else None,
+            uncertainty=uncertainty,
         )
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What the rounding of a network's numbers depends on, for `Oracle.identity`."""
+    return {"dtype": str(dtype), "device": device.type, "torch": torch.__version__}
 
 
 def _checked(answer: Evaluation, n: int) -> Evaluation:
     """The answer itself, or a failure where a backend claims success without finite numbers."""
     if answer.status != OK:
         return Evaluation.failure(answer.status)
-    if answer.forces is None or np.shape(answer.forces) != (n, 3):
-        return Evaluation.failure(f"the backend gave forces of shape {np.shape(answer.forces)}, expected {(n, 3)}")
+    shape = () if answer.forces is None else answer.forces.shape
+    if answer.forces is None or shape != (n, 3):
+        return Evaluation.failure(f"the backend gave forces of shape {shape}, expected {(n, 3)}")
     if not (np.isfinite(answer.energy) and np.isfinite(answer.forces).all()):
         return Evaluation.failure("the backend gave a non-finite energy or force")
     return answer

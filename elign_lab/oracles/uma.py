@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from elign_lab.checkpoints import sha256
 from elign_lab.molecules import atomic_number, symbol
 from elign_lab.oracles import _fairchem
 from elign_lab.oracles._evaluation import Evaluation, Molecule
 from elign_lab.oracles._fairchem import UMAUnavailableError
-from elign_lab.oracles.protocol import AtomEnergies, Oracle, unpaired_electrons
+from elign_lab.oracles.protocol import AtomEnergies, Oracle, precision_of, unpaired_electrons
 
 __all__ = ["UMAOracle", "UMAUnavailableError"]
 
@@ -111,6 +114,15 @@ class UMAOracle(Oracle):
         if references is None:
             return frozenset(OMOL_ELEMENTS)
         return frozenset(references.element_references.nonzero().flatten().tolist()) - {0}
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity."""
+        return {
+            "weights": sha256(self.weights.path),
+            "mirror_average": self.mirror_average,
+            "fairchem": metadata.version("fairchem-core"),
+            **precision_of(self.dtype, self.device),
+        }
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         answers = {i: self._lone_atom(m[0]) for i, m in enumerate(molecules) if self._needs_table(m)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from functools import partial
+from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +75,10 @@ class XTBOracle(Oracle):
     def close(self) -> None:
         """Stop the worker processes; the next call starts new ones."""
         self._pool.close()
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity."""
+        return {**self._evaluate.keywords, "tblite": metadata.version("tblite")}
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         return self._pool.map(molecules)

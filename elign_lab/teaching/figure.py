@@ -7,7 +7,8 @@ import json
 import plotly.graph_objects as go
 from IPython.display import display
 
-from elign_lab.theory.figures import COLORS
+COLORS = {"base": "#8a93a3", "tilt": "#d1495b", "aligned": "#2e86ab", "energy": "#3c3c3c", "other": "#e0a030"}
+"""One colour for each thing that the notebooks and panels show."""
 
 _COLORWAY = [COLORS[name] for name in ("aligned", "tilt", "other", "energy", "base")]
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from elign_lab.alignment import PRESETS, AlignConfig
+from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import zero_com_noise
-from elign_lab.oracles import Oracle
+from elign_lab.oracles import Oracle, load_oracle
 from elign_lab.sampling import ancestral, mask_of_sizes
 from elign_lab.theory.check import Check, mean_check
 from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import small_denoiser
+
+BUNDLED_PRESET = PRESETS["cpu_mini"]()
+"""Settings that made edm-mini-aligned of edm-mini."""
 
 
 class NoisePredictor(Protocol):
@@ -46,10 +52,22 @@ class AlchemicalCosines:
 
     def mean_by_time(self) -> tuple[Tensor, Tensor]:
         """Mean cosine at each time and its standard error over the molecules, (S,) each; NaN where none was judged."""
-        count = self.cosine.isfinite().sum(1)
-        mean = self.cosine.nanmean(1)
-        spread = (self.cosine - mean.unsqueeze(1)).square().nanmean(1).sqrt()
-        return mean, spread / (count - 1).clamp(min=1).sqrt()
+        return mean_by_time(self.cosine)
+
+    def until(self, time: int) -> AlchemicalCosines:
+        """The states with t <= time: those that alignment trained, when it starts after a prefix."""
+        keep = self.times <= time
+        if not bool(keep.any()):
+            raise ValueError(f"no analysed state has t <= {time}: the times are {self.times.tolist()}")
+        return AlchemicalCosines(self.times[keep], self.cosine[keep], self.control[keep])
+
+
+def mean_by_time(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard error over the finite entries of each row of (S, B), (S,) each; NaN where there is none."""
+    count = values.isfinite().sum(1)
+    mean = values.nanmean(1)
+    spread = (values - mean.unsqueeze(1)).square().nanmean(1).sqrt()
+    return mean, spread / (count - 1).clamp(min=1).sqrt()
 
 
 def alchemical_force(base: Denoiser, aligned: NoisePredictor, z_t: Tensor, t: int, mask: Tensor) -> Tensor:
@@ -129,6 +147,23 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.square().sum((1, 2), keepdim=True).sqrt()
 
 
+def trained_time(base: Denoiser, config: AlignConfig) -> int:
+    """Largest t at which FED-GRPO with these settings trains the model: where its shared prefix ends."""
+    return base.schedule.grid(config.steps)[config.skip_prefix]
+
+
+@cache
+def bundled_cosines(molecules: int = 24, stride: int = 4, seed: int = 0) -> AlchemicalCosines:
+    """Cosines between edm-mini and edm-mini-aligned, judged by the learned oracle that gave the rewards.
+
+    The steps are those of BUNDLED_PRESET, every stride-th analysed; sizes are drawn from the model's histogram. It is
+    computed once per setting.
+    """
+    base, aligned, oracle = load_model("edm-mini"), load_model("edm-mini-aligned"), load_oracle("learned")
+    sizes = base.sample_sizes(molecules, torch.Generator().manual_seed(seed)).tolist()
+    return alchemical_cosines(base, aligned, oracle, sizes, steps=BUNDLED_PRESET.steps, stride=stride, seed=seed)
+
+
 # ---------------------------------------------------------------------- statements
 def check_recovered_angle(angle: float = 0.8, molecules: int = 12, use_clean: bool = True) -> Check:
     """F.1 finds the cosine of a drift that was put in by hand (mean over molecules and steps), against cos(angle).
@@ -159,3 +194,19 @@ def check_control(molecules: int = 40, angle: float = 0.8, use_control: bool = T
 def broken_control() -> Check:
     """A control that is not random: the drift itself."""
     return check_control(use_control=False)
+
+
+def check_bundled_pair(sign: float = 1.0) -> Check:
+    """Mean cosine of the bundled pair over the steps that were trained, one value a molecule, is above 0.
+
+    sign = -1 subtracts the aligned score from the base score.
+    """
+    trained = trained_time(load_model("edm-mini"), BUNDLED_PRESET)
+    values = bundled_cosines().until(trained).cosine.nanmean(0)
+    found = mean_check(sign * values[values.isfinite()].numpy(), 0.0)
+    return Check(0.0, found.left, found.standard_error, "<=")
+
+
+def broken_bundled_pair() -> Check:
+    """The difference taken the wrong way round, base minus aligned."""
+    return check_bundled_pair(sign=-1.0)

@@ -2,18 +2,25 @@
 
 The angle is measured from the anti conformation and scaled, x = (phi - 180 deg) / 60 deg in [-3, 3]: anti at 0, gauche
 at about +-2, the syn barrier at the ends.
+
+One coordinate is treated, not the molecule: the base law is the torsion's marginal, smoothed; the energy is that of
+the geometry relaxed at each angle, not a free energy; the policy that is aligned diffuses the angle alone. So the end
+point is q0(phi) exp(-beta E(phi)) / Z, and no thermal average over the other coordinates is in it. `weight_share` says
+why: the tilt of whole conformers puts nearly all its weight on a few of them.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rdkit import Chem
-from rdkit.Chem import AllChem, rdForceFieldHelpers, rdMolTransforms
+from rdkit.Chem import rdDistGeom, rdForceFieldHelpers, rdMolTransforms
+from scipy.special import softmax
 from torch import Tensor
 
 from elign_lab.molecules import MoleculeBatch
@@ -33,20 +40,43 @@ def inverse_temperature(kelvin: float) -> float:
     return 1 / (BOLTZMANN * kelvin)
 
 
-def torsion_samples(smiles: str, atoms: tuple[int, int, int, int], n: int, seed: int = 1) -> FloatArray:
-    """x of n conformers embedded by RDKit's plain distance geometry, (n,).
+def embedded(smiles: str, n: int, seed: int = 1) -> Chem.Mol:
+    """A molecule with n conformers embedded by RDKit's plain distance geometry.
 
     Without ETKDG's knowledge of preferred torsions and without relaxation: a cheap generator with a bias to correct.
     """
-    mol = _molecule(smiles, atoms)
-    settings = AllChem.ETKDGv3()
+    mol = _parsed(smiles)
+    settings: Any = rdDistGeom.ETKDGv3()
     settings.useExpTorsionAnglePrefs = settings.useBasicKnowledge = False
     settings.randomSeed = seed
-    ids = AllChem.EmbedMultipleConfs(mol, n, settings)
-    angles = [rdMolTransforms.GetDihedralDeg(mol.GetConformer(i), *atoms) for i in ids]
-    if len(angles) < n:
-        raise ValueError(f"RDKit embedded {len(angles)} of {n} conformers of {smiles!r}")
-    return to_x(np.array(angles))
+    found = len(rdDistGeom.EmbedMultipleConfs(mol, n, settings))
+    if found < n:
+        raise ValueError(f"RDKit embedded {found} of {n} conformers of {smiles!r}")
+    return mol
+
+
+def torsion_samples(smiles: str, atoms: tuple[int, int, int, int], n: int, seed: int = 1) -> FloatArray:
+    """x of n conformers from `embedded`, (n,)."""
+    _molecule(smiles, atoms)
+    conformers = embedded(smiles, n, seed).GetConformers()
+    return to_x(np.array([rdMolTransforms.GetDihedralDeg(c, *atoms) for c in conformers]))
+
+
+def conformer_energies(smiles: str, n: int, oracle: Oracle, seed: int = 1) -> FloatArray:
+    """Energies in eV of the conformers from `embedded` as they are, in all their coordinates, (n,); NaN: not judged."""
+    mol = embedded(smiles, n, seed)
+    numbers = [atom.GetAtomicNum() for atom in mol.GetAtoms()]
+    batch = MoleculeBatch.from_arrays([(numbers, c.GetPositions()) for c in mol.GetConformers()])
+    return oracle(batch).energy.double().numpy()
+
+
+def weight_share(energies: FloatArray, beta: float) -> float:
+    """Effective share of samples weighted by exp(-beta E), 1 / (n sum w^2), between 1 / n and 1 (Kish 1965).
+
+    energies (n,) in eV, beta in 1/eV.
+    """
+    weights = softmax(-beta * np.asarray(energies, dtype=float))
+    return float(1 / (len(weights) * np.square(weights).sum()))
 
 
 def to_x(degrees: FloatArray) -> FloatArray:
@@ -65,7 +95,7 @@ class TorsionEnergy:
     def __call__(self, x: Tensor) -> Tensor:
         """Energy (n,) in eV at x (n, 1)."""
         phi = x[:, 0] * (_SCALE * np.pi / 180)
-        return sum(c * torch.cos(k * phi) for k, c in enumerate(self.coefficients))
+        return torch.stack([c * torch.cos(k * phi) for k, c in enumerate(self.coefficients)]).sum(0)
 
     @property
     def fit_error(self) -> float:
@@ -82,7 +112,7 @@ def torsion_energy(
     For a torsion that is symmetric about 180 degrees. Raises ValueError when the oracle fails on a geometry.
     """
     mol = _molecule(smiles, atoms)
-    if AllChem.EmbedMolecule(mol, randomSeed=seed) != 0:
+    if rdDistGeom.EmbedMolecule(mol, randomSeed=seed) != 0:
         raise ValueError(f"RDKit could not embed {smiles!r}")
     angles = np.linspace(0, 180, points)
     properties = rdForceFieldHelpers.MMFFGetMoleculeProperties(mol)
@@ -115,11 +145,15 @@ def binned_mixture(x: FloatArray, bins: int = 12) -> GaussianMixture:
     return GaussianMixture.of(*parts)
 
 
-def _molecule(smiles: str, atoms: tuple[int, int, int, int]) -> Chem.Mol:
+def _parsed(smiles: str) -> Chem.Mol:
     mol = Chem.MolFromSmiles(smiles)
     if mol is None:
         raise ValueError(f"{smiles!r} is not a valid SMILES string")
-    mol = Chem.AddHs(mol)
+    return Chem.AddHs(mol)
+
+
+def _molecule(smiles: str, atoms: tuple[int, int, int, int]) -> Chem.Mol:
+    mol = _parsed(smiles)
     if len(set(atoms)) != 4 or not all(mol.GetBondBetweenAtoms(a, b) for a, b in itertools.pairwise(atoms)):
         raise ValueError(f"atoms {atoms} of {smiles!r} are no torsion: expected four different atoms bonded in a chain")
     return mol

@@ -8,6 +8,8 @@ which a law of two points attains. An error that is the same everywhere costs no
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,10 +58,39 @@ def half_spread(difference: FloatArray) -> float:
     return float((difference.max() - difference.min()) / 2)
 
 
-def energy_difference(first: Oracle, second: Oracle, molecules: MoleculeBatch) -> FloatArray:
+@dataclass(frozen=True)
+class EnergyError:
+    """The eps of theorem 2 for one oracle against another, measured on n molecules, in eV/atom.
+
+    uniform: half the spread of the differences, a lower bound of the true one: an unseen molecule may be worse.
+    ninety, half: quantiles of the difference from its median; for them the theorem is not a theorem.
+    """
+
+    n: int
+    uniform: float
+    ninety: float
+    half: float
+
+    @classmethod
+    def of(cls, difference: FloatArray) -> EnergyError:
+        """From energy differences (n,) in eV/atom, see energy_difference."""
+        size = np.abs(difference - np.median(difference))
+        ninety, half = np.quantile(size, [0.9, 0.5])
+        return cls(len(difference), half_spread(difference), float(ninety), float(half))
+
+    def betas(self, total: float) -> dict[str, float]:
+        """Largest beta (per eV/atom) for which theorem 2 keeps the total variation below `total`, for each eps."""
+        return {name: beta_for(total, getattr(self, name)) for name in ("uniform", "ninety", "half")}
+
+
+def energy_difference(
+    first: Oracle, second: Oracle, molecules: MoleculeBatch, *, fit_references: bool = False
+) -> FloatArray:
     """Formation energy per atom of `first` less that of `second` (eV/atom), for the molecules that both can judge.
 
-    Raises ValueError when there is none.
+    fit_references: subtract the best constant for each element, by least squares. Two levels of theory differ most in
+    their energies of isolated atoms; the rest is what they disagree on between molecules of one composition. Raises
+    ValueError when there is no molecule that both could judge.
     """
     energies, ok = [], np.ones(len(molecules), dtype=bool)
     for oracle in (first, second):
@@ -68,7 +99,12 @@ def energy_difference(first: Oracle, second: Oracle, molecules: MoleculeBatch) -
         ok &= result.ok.numpy()
     if not ok.any():
         raise ValueError(f"{first.name} and {second.name} have no molecule in common that both could evaluate")
-    return (energies[0] - energies[1]).double().numpy()[ok]
+    difference = (energies[0] - energies[1]).double().numpy()[ok]
+    if not fit_references:
+        return difference
+    numbers, mask = molecules.numbers.numpy()[ok], molecules.mask.numpy()[ok]
+    shares = np.stack([((numbers == z) & mask).sum(1) for z in np.unique(numbers[mask])], 1) / mask.sum(1)[:, None]
+    return difference - shares @ np.linalg.lstsq(shares, difference, rcond=None)[0]
 
 
 # ---------------------------------------------------------------------- statements

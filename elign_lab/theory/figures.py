@@ -8,44 +8,34 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
-from plotly.subplots import make_subplots
 from scipy.stats import chi2
 
+from elign_lab.teaching.figure import COLORS, Figure
 from elign_lab.theory import error_bound, force, score, shaping
-from elign_lab.theory.alchemical import AlchemicalCosines
+from elign_lab.theory.alchemical import AlchemicalCosines, mean_by_time
 from elign_lab.theory.points import GridLaws
 from elign_lab.theory.tilt import DoubleWell, tilted
 
 FloatArray = NDArray[np.floating]
-COLORS = {"base": "#8a93a3", "tilt": "#d1495b", "aligned": "#2e86ab", "energy": "#3c3c3c", "other": "#e0a030"}
 
 
-def _figure(x: str, y: str, title: str = "", height: int = 340) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        title=title,
-        xaxis_title=x,
-        yaxis_title=y,
-        height=height,
-        template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 50 if title else 20, "b": 50},
-        legend={"orientation": "h", "y": 1.12},
-    )
-    return figure
-
-
-def _line(figure: go.Figure, x: FloatArray, y: FloatArray, name: str, color: str, **options: object) -> None:
+def _line(figure: Figure, x: FloatArray, y: FloatArray, name: str, color: str, **options: object) -> None:
     x, y = np.round(np.asarray(x, dtype=float), 4), np.asarray(y, dtype=float)
     figure.add_trace(go.Scatter(x=x, y=[float(f"{v:.4g}") for v in y], name=name, line={"color": color, **options}))
 
 
-def tilt_figure(beta: float, slope: float = 0.5, right_weight: float = 0.7) -> go.Figure:
+def tilt_figure(beta: float, slope: float = 0.5, right_weight: float = 0.7) -> Figure:
     """Base law, energy and theorem 1's tilt on a double well."""
     well = DoubleWell(slope=slope, right_weight=right_weight, points=201)
     step = well.grid[1] - well.grid[0]
     left = float(well.aligned(beta)[well.grid < 0].sum())
     title = f"beta = {beta:g}: {100 * left:.0f} % in the left well"
-    figure = _figure("x", "density; energy / 10", title)
+    figure = Figure(
+        x="x",
+        y="density; energy / 10",
+        title=title,
+        alt=f"Double well, its base law, and its tilt at beta = {beta:g} with {100 * left:.0f} % on the left.",
+    )
     _line(
         figure, well.grid, np.clip(well.energy(well.grid) / 10, None, 1.0), "energy / 10", COLORS["energy"], dash="dot"
     )
@@ -55,13 +45,19 @@ def tilt_figure(beta: float, slope: float = 0.5, right_weight: float = 0.7) -> g
     return figure
 
 
-def bound_figure(eps: float, beta_max: float = 10.0) -> go.Figure:
+def bound_figure(eps: float, beta_max: float = 10.0) -> Figure:
     """Bounds of theorem 2 against beta for one eps, and the total variation of a sine error on a double well."""
     betas = np.linspace(0.01, beta_max, 60)
     well = DoubleWell(points=801)
     wrong = well.energy(well.grid) - eps * np.sin(-1.5 * well.grid)
     actual = [error_bound.total_variation(well.aligned(b), tilted(well.base(), wrong, b)) for b in betas]
-    figure = _figure("beta (1/eV)", "total variation", f"eps = {eps:g} eV")
+    figure = Figure(
+        x="beta (1/eV)",
+        y="total variation",
+        title=f"eps = {eps:g} eV",
+        alt="Total variation against beta: the double well's is below the best constant, that below theorem 2, and "
+        "both below the straight line beta eps.",
+    )
     _line(figure, betas, np.tanh(betas * eps), "theorem 2, tanh(beta eps)", COLORS["tilt"])
     _line(figure, betas, np.tanh(betas * eps / 2), "best constant, tanh(beta eps / 2)", COLORS["other"])
     _line(figure, betas, betas * eps, "linear, beta eps", COLORS["base"], dash="dot")
@@ -70,13 +66,16 @@ def bound_figure(eps: float, beta_max: float = 10.0) -> go.Figure:
     return figure
 
 
-def laws_figure(
-    laws: GridLaws, samples: FloatArray | None = None, name: str = "aligned model", x: str = "x"
-) -> go.Figure:
+def laws_figure(laws: GridLaws, samples: FloatArray | None = None, name: str = "aligned model", x: str = "x") -> Figure:
     """Base law, theorem 1's tilt, the best Gaussian policy and FED-GRPO's fixed point, with a histogram of samples."""
     step = laws.x[1] - laws.x[0]
     thin = slice(None, None, 4)
-    figure = _figure(x, "density")
+    figure = Figure(
+        x=x,
+        y="density",
+        alt="Base law, theorem 1's tilt, the best Gaussian policy and FED-GRPO's fixed point"
+        + (f", with a histogram of the {name}." if samples is not None else "."),
+    )
     if samples is not None:
         counts, edges = np.histogram(samples, bins=60, range=(-3, 3), density=True)
         centres = (edges[:-1] + edges[1:]) / 2
@@ -92,9 +91,10 @@ def laws_figure(
     return figure
 
 
-def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int = 30) -> go.Figure:
+def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int = 30) -> Figure:
     """Histograms of point clouds (n, 2), or of (points, weights) pairs, side by side on one scale."""
-    figure = make_subplots(cols=len(clouds), subplot_titles=list(clouds), shared_yaxes=True, horizontal_spacing=0.03)
+    figure = Figure(x="x1", y="x2", alt=f"Densities in the plane, side by side: {', '.join(clouds)}.")
+    figure.set_subplots(cols=len(clouds), subplot_titles=list(clouds), shared_yaxes=True, horizontal_spacing=0.03)
     edges = np.linspace(-reach, reach, bins + 1)
     centres = ((edges[:-1] + edges[1:]) / 2).round(3)
     for k, cloud in enumerate(clouds.values(), start=1):
@@ -103,16 +103,21 @@ def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int
         figure.add_trace(go.Heatmap(x=centres, y=centres, z=density.T.round(4), coloraxis="coloraxis"), 1, k)
         figure.update_xaxes(title_text="x1", row=1, col=k)
     figure.update_yaxes(title_text="x2", row=1, col=1)
-    figure.update_layout(height=330, coloraxis={"colorscale": "Viridis", "cmin": 0}, template="plotly_white")
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0})
     return figure
 
 
-def diffusion_figure(time: float) -> go.Figure:
+def diffusion_figure(time: float) -> Figure:
     """Exact marginal of the Ornstein-Uhlenbeck process at `time`, and its score."""
     x = np.linspace(-3.5, 3.5, 161)
     law = score.marginal(score.TWO_WELLS, time)
     at = torch.from_numpy(x).unsqueeze(1)
-    figure = _figure("x", "density; score / 20", f"t = {time:g}")
+    figure = Figure(
+        x="x",
+        y="density; score / 20",
+        title=f"t = {time:g}",
+        alt=f"Density of the noised mixture at time {time:g}, its score, and the standard normal law it tends to.",
+    )
     _line(figure, x, law.log_prob(at).exp().numpy(), "density p_t", COLORS["aligned"])
     _line(figure, x, law.score(at)[:, 0].numpy() / 20, "score / 20", COLORS["tilt"])
     _line(figure, x, np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi), "N(0, 1)", COLORS["base"], dash="dot")
@@ -120,17 +125,22 @@ def diffusion_figure(time: float) -> go.Figure:
     return figure
 
 
-def return_figure(potential: FloatArray, terminal: FloatArray, gamma: float) -> go.Figure:
+def return_figure(potential: FloatArray, terminal: FloatArray, gamma: float) -> Figure:
     """Shaped return-to-go of rollouts, gamma^t Phi(s_0) - Phi(s_t); potential (B, S), terminal (B,)."""
     returns = shaping.return_to_go(torch.as_tensor(potential), torch.as_tensor(terminal), gamma).numpy()
-    figure = _figure("reverse step", "return-to-go (eV)", f"gamma = {gamma:g}")
+    figure = Figure(
+        x="trained reverse step",
+        y="return-to-go (eV/atom)",
+        title=f"gamma = {gamma:g}",
+        alt=f"Return-to-go of {len(returns)} rollouts against the reverse step, for gamma = {gamma:g}.",
+    )
     for k, row in enumerate(returns):
-        _line(figure, np.arange(len(row)), row, f"rollout {k}", COLORS["aligned"] if k else COLORS["tilt"])
+        _line(figure, np.arange(len(row), dtype=float), row, f"rollout {k}", COLORS["aligned"] if k else COLORS["tilt"])
     figure.update_layout(showlegend=False)
     return figure
 
 
-def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.7) -> go.Figure:
+def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.7) -> Figure:
     """A reverse kernel on a double well, its exponential tilt, and theorem 5's mean."""
     x = np.linspace(-2, 2, 241)
     base = np.exp(-0.5 * ((x - mu) / sigma) ** 2)
@@ -139,7 +149,13 @@ def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.
     predicted = float(force.force_step(np.array(mu), np.array(slope), sigma, beta, gamma))
     exact = force.tilt_mean_1d(force.smooth_potential, mu, sigma, beta * gamma)
     title = f"mean of the tilt {exact:.3f}, theorem 5 {predicted:.3f}"
-    figure = _figure("z'", "density (relative)", title)
+    figure = Figure(
+        x="z'",
+        y="density (relative)",
+        title=title,
+        alt="A Gaussian kernel on the slope of a double well and its tilt, which is moved downhill; a line marks "
+        "the mean of theorem 5.",
+    )
     _line(figure, x, -force.smooth_potential(x) / 5, "energy / 5", COLORS["energy"], dash="dot")
     _line(figure, x, base / base.max(), "base kernel", COLORS["base"])
     _line(figure, x, tilt / tilt.max(), "tilted kernel", COLORS["tilt"])
@@ -148,9 +164,13 @@ def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.
     return figure
 
 
-def order_figure(sigmas: Sequence[float], remainders: Mapping[str, FloatArray]) -> go.Figure:
+def order_figure(sigmas: Sequence[float], remainders: Mapping[str, FloatArray]) -> Figure:
     """Remainder of theorem 5 against sigma, both on logarithmic axes; the slope of each line is its order."""
-    figure = _figure("sigma", "|mean - expansion|")
+    figure = Figure(
+        x="sigma",
+        y="|mean - expansion|",
+        alt="Remainder of theorem 5 against sigma on logarithmic axes: straight lines whose slope is the order.",
+    )
     colors = [COLORS["aligned"], COLORS["tilt"], COLORS["other"]]
     for (label, values), color in zip(remainders.items(), colors, strict=False):
         order = np.polyfit(np.log(sigmas), np.log(values), 1)[0]
@@ -160,9 +180,14 @@ def order_figure(sigmas: Sequence[float], remainders: Mapping[str, FloatArray]) 
     return figure
 
 
-def step_figure(step: force.TiltedStep, x: str) -> go.Figure:
+def step_figure(step: force.TiltedStep, x: str) -> Figure:
     """Displacement of a tilted kernel over theorem 5's prediction, against sigma, with error bars of two errors."""
-    figure = _figure(x, "displacement / (beta gamma sigma^2 |f|)")
+    figure = Figure(
+        x=x,
+        y="displacement / (beta gamma sigma^2 |f|)",
+        alt="Displacement of the tilted kernel in units of theorem 5's prediction against sigma, with error bars; the "
+        "dotted line is 1.",
+    )
     for label, values, errors, color in (
         ("measured", step.measured, step.measured_error, COLORS["base"]),
         ("by Stein's identity", step.by_stein, step.by_stein_error, COLORS["aligned"]),
@@ -175,9 +200,13 @@ def step_figure(step: force.TiltedStep, x: str) -> go.Figure:
     return figure
 
 
-def cosine_figure(found: AlchemicalCosines) -> go.Figure:
+def cosine_figure(found: AlchemicalCosines) -> Figure:
     """Histogram of the cosines over states and molecules, with the random-direction control (paper Figure 10)."""
-    figure = _figure("cos(f_alch, f)", "share of the states")
+    figure = Figure(
+        x="cos(f_alch, f)",
+        y="share of the states",
+        alt="Histograms of the cosine of the alchemical force, and of a random direction, with the oracle's force.",
+    )
     for label, values, color in (
         ("alchemical force", found.cosine, COLORS["tilt"]),
         ("random direction", found.control, COLORS["base"]),
@@ -191,24 +220,41 @@ def cosine_figure(found: AlchemicalCosines) -> go.Figure:
     return figure
 
 
-def cosine_by_time_figure(found: AlchemicalCosines) -> go.Figure:
-    """Mean cosine against t with two standard errors."""
-    mean, error = (v.numpy() for v in found.mean_by_time())
-    figure = _figure("t", "mean cosine")
-    bars = {"type": "data", "array": (2 * error).round(4)}
-    figure.add_trace(
-        go.Scatter(x=found.times.numpy(), y=mean.round(4), error_y=bars, mode="markers", marker_color=COLORS["tilt"])
+def cosine_by_time_figure(found: AlchemicalCosines, trained: int | None = None) -> Figure:
+    """Mean cosine and its control against t with two standard errors; `trained`: largest t that alignment trained."""
+    figure = Figure(
+        x="t",
+        y="mean cosine",
+        alt="Mean cosine of the alchemical force, and of random directions, with the oracle's force against the time "
+        "t, with error bars of two standard errors; the trained times are shaded.",
     )
+    for label, values, color in (
+        ("alchemical force", found.cosine, COLORS["tilt"]),
+        ("random direction", found.control, COLORS["base"]),
+    ):
+        mean, error = (v.numpy() for v in mean_by_time(values))
+        bars = {"type": "data", "array": (2 * error).round(4)}
+        figure.add_scatter(
+            x=found.times.numpy(), y=mean.round(4), error_y=bars, mode="markers", name=label, marker_color=color
+        )
+    if trained is not None:
+        figure.add_vrect(x0=0, x1=trained, fillcolor=COLORS["aligned"], opacity=0.1, line_width=0)
     figure.update_yaxes(range=[-1, 1])
     return figure
 
 
-def noise_norm_figure(atoms: int, n: int = 4000) -> go.Figure:
+def noise_norm_figure(atoms: int, n: int = 4000) -> Figure:
     """Squared norm of position noise, projected and not, with chi-square densities of 3(N - 1) and 3 N dimensions."""
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(n, atoms, 3, generator=generator)
     centred = raw - raw.mean(1, keepdim=True)
-    figure = _figure("|xi|^2", "density", f"{atoms} atoms")
+    figure = Figure(
+        x="|xi|^2",
+        y="density",
+        title=f"{atoms} atoms",
+        alt=f"Squared norm of noise for {atoms} atoms: projected it follows the chi-square law of {3 * (atoms - 1)} "
+        f"dimensions, not projected that of {3 * atoms}.",
+    )
     grid = np.linspace(0, 9 * atoms, 120)
     for label, noise, dims, color in (
         ("projected", centred, 3 * (atoms - 1), COLORS["aligned"]),

@@ -119,7 +119,10 @@ def tilted_step(
         shift = (both * force).sum((1, 2)) / (beta * gamma * sigma * length**2)
         along = (forces * force).sum((1, 2)) / length**2
         rows.append((*_weighted_mean(weight, shift), *_weighted_mean(weight, along)))
-    return TiltedStep(np.asarray(sigmas, dtype=float), *np.array(rows).T, force, 1 + len(both) * len(sigmas))
+    measured, measured_error, by_stein, by_stein_error = np.array(rows).T
+    calls = 1 + len(both) * len(sigmas)
+    levels = np.asarray(sigmas, dtype=float)
+    return TiltedStep(levels, measured, measured_error, by_stein, by_stein_error, force, calls)
 
 
 def position_step(

@@ -41,6 +41,8 @@ class RadialNetwork(nn.Module):
     an effect of the theory.
     """
 
+    centres: Tensor
+
     def __init__(self, dimension: int, timesteps: int, *, reach: float = 2.8, spacing: float | None = None) -> None:
         super().__init__()
         spacing = 0.35 * dimension**0.5 if spacing is None else spacing
@@ -224,9 +226,9 @@ def align_points(
     """
     trainer_class = PathKLTrainer if path else Trainer
     config = replace(point_config(beta, iterations=iterations, floor=floor), skip_prefix=skip_prefix)
-    trainer = trainer_class(PointDenoiser(mixture), PointOracle(energy, mixture.dimension), config)
-    trainer.run(progress=False)
-    return trainer.policy.eval()
+    policy = PointDenoiser(mixture)
+    trainer_class(policy, PointOracle(energy, mixture.dimension), config).run(progress=False)
+    return policy.eval()
 
 
 # ---------------------------------------------------------------------- exact laws on a grid, F = 1

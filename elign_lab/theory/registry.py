@@ -255,6 +255,13 @@ STATEMENTS: dict[str, Statement] = {
             "paper F.1, Figure 10",
             _FORCE,
         ),
+        _statement(
+            alchemical,
+            "bundled_pair",
+            "What alignment added to edm-mini's score points along the oracle's force, at the steps it trained.",
+            "paper F.1, Figure 10",
+            _FORCE,
+        ),
     )
 }
 """All statements by name, "<module>.<statement>"."""

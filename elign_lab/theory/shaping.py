@@ -8,6 +8,7 @@ gradient is the same, its variance is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elign_lab.alignment import Rollouts, log_ratio, potentials, return_to_go, rollout, shaping_rewards
-from elign_lab.alignment.rewards import terminal_rewards
+from elign_lab.alignment.advantages import group_normalize
+from elign_lab.alignment.rewards import potential_schedule, terminal_rewards
 from elign_lab.denoiser import Denoiser
 from elign_lab.oracles import Oracle
+from elign_lab.sampling import ancestral, decode_record
 from elign_lab.theory.check import Check, mean_check
-from elign_lab.theory.points import WELLS, PointDenoiser, PointOracle, well_energy
+from elign_lab.theory.points import FLOOR, WELLS, PointDenoiser, PointOracle, well_energy
 from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import small_denoiser
+from elign_lab.training import step_generator
 
 FloatArray = NDArray[np.floating]
 
@@ -89,7 +93,7 @@ def best_by_shaped_return(mdp: TabularMDP, plug_in: bool, weight: float = 1.0, s
     if a**s > 20_000:
         raise ValueError(f"{a}^{s} policies are too many to enumerate: use a smaller MDP")
     fixed = np.random.default_rng(seed).normal(size=s)
-    best, best_return = None, -np.inf
+    best, best_return = np.zeros(s, dtype=int), -np.inf
     for code in range(a**s):
         policy = np.array([code // a**k % a for k in range(s)])
         value = mdp.policy_values(policy)
@@ -137,9 +141,11 @@ def rollout_potentials(model: Denoiser, oracle: Oracle, rollouts: Rollouts) -> t
 # ---------------------------------------------------------------------- gradients
 @dataclass(frozen=True)
 class GradientSamples:
-    """One policy-gradient estimate per rollout (n, P) with the terminal reward, with shaping and with a wrong baseline.
+    """Policy-gradient estimates (n, P), one row a rollout or a group, for three kinds of return-to-go.
 
-    oracle_calls: per rollout, (terminal only, shaped). All are gradients of E[Phi(s_0)] at the base policy.
+    terminal: Phi(s_0). shaped: Phi(s_0) - Phi(s_t). next_state: Phi(s_0) - Phi(s_{t-1}), a baseline that sees the
+    action. All have the mean of their group subtracted, none is divided by a spread: they estimate the gradient of
+    E[Phi(s_0)], the last one with a bias. oracle_calls: per rollout, (terminal only, shaped).
     """
 
     terminal: FloatArray
@@ -147,10 +153,40 @@ class GradientSamples:
     next_state: FloatArray
     oracle_calls: tuple[int, int]
 
-    def variance_per_call(self) -> tuple[float, float]:
-        """Total variance of an estimate that spends one oracle call, without and with shaping."""
-        calls = self.oracle_calls
-        return float(self.terminal.var(0).sum()) * calls[0], float(self.shaped.var(0).sum()) * calls[1]
+    def variance_ratio(self) -> tuple[float, float]:
+        """Total variance of the shaped estimate over that of the terminal one, and its jackknife standard error."""
+        n = len(self.terminal)
+        ratios = []
+        for left_out in (None, *range(n)):
+            rows = np.arange(n) != left_out if left_out is not None else slice(None)
+            ratios.append(float(self.shaped[rows].var(0).sum() / self.terminal[rows].var(0).sum()))
+        spread = np.square(np.array(ratios[1:]) - np.mean(ratios[1:])).sum()
+        return ratios[0], float(np.sqrt((n - 1) / n * spread))
+
+    def variance_ratio_per_call(self) -> float:
+        """The same for estimates that spend one oracle call each."""
+        return self.variance_ratio()[0] * self.oracle_calls[1] / self.oracle_calls[0]
+
+
+def centred_signals(
+    potential: Tensor, terminal: Tensor, ok: Tensor, members: int, gamma: float = 1.0
+) -> dict[str, Tensor]:
+    """The three returns-to-go of GradientSamples less their group's mean at each step, (B, S) each.
+
+    FED-GRPO's group baseline without its division by the spread: that makes a scale of its own for each signal, and
+    variances would not compare. potential (B, S), terminal (B,), ok (B,); 0 for rollouts that are not ok.
+    """
+    following = torch.cat([potential[:, 1:], terminal.unsqueeze(1)], 1)
+    signals = {
+        "terminal": terminal.unsqueeze(1).expand_as(potential),
+        "shaped": return_to_go(potential, terminal, gamma),
+        "next_state": terminal.unsqueeze(1) - following,
+    }
+    grouped = ok.view(-1, members)
+    return {
+        name: FLOOR * group_normalize(value.reshape(*grouped.shape, -1), grouped, FLOOR).view_as(value)
+        for name, value in signals.items()
+    }
 
 
 @cache
@@ -159,27 +195,124 @@ def gradient_samples(
 ) -> GradientSamples:
     """Per-rollout gradients sum_t A_t grad log pi(z_s | z_t) for the point diffusion of WELLS and its energy.
 
-    The parameters are P = 2 shifts of the mean of every kernel, to the right for z < 0 and for z > 0. A_t is Phi(s_0),
-    or Phi(s_0) - Phi(s_t) (shaped), or Phi(s_0) - Phi(s_{t-1}) (next_state: the baseline sees the action). All have
-    the mean of Phi(s_0) subtracted, the same number everywhere.
+    The parameters are P = 2 shifts of the mean of every kernel, to the right for z < 0 and for z > 0. The n rollouts
+    are one group.
     """
     model, oracle = PointDenoiser(WELLS), PointOracle(well_energy, 1)
     rollouts = rollout(model, [1], n, skip_prefix=skip_prefix, shared_prefix=False, seed=seed)
     schedule = range(0, rollouts.steps, stride)
     potential = potentials(rollouts, model, oracle, schedule)
-    terminal, _, _ = terminal_rewards(rollouts.molecules, oracle)
-    shift = terminal.mean()
-    to_go = return_to_go(potential, terminal, gamma)
-    following = torch.cat([potential[:, 1:], terminal.unsqueeze(1)], 1)
+    terminal, _, ok = terminal_rewards(rollouts.molecules, oracle)
     score = _shift_scores(model, rollouts)
-    baseline_mean = potential.mean()
-    signals = {
-        "terminal": (terminal - shift).unsqueeze(1).expand_as(potential),
-        "shaped": to_go - (shift - baseline_mean),
-        "next_state": terminal.unsqueeze(1) - following - (shift - baseline_mean),
+    grads = {
+        name: torch.einsum("bs,bsp->bp", a, score).numpy()
+        for name, a in centred_signals(potential, terminal, ok, n, gamma).items()
     }
-    grads = {name: torch.einsum("bs,bsp->bp", a, score).numpy() for name, a in signals.items()}
     return GradientSamples(**grads, oracle_calls=(1, 1 + len(schedule)))
+
+
+def model_gradient_samples(
+    model: Denoiser,
+    oracle: Oracle,
+    sizes: Sequence[int],
+    members: int = 4,
+    *,
+    steps: int | None = None,
+    skip_prefix: int = 0,
+    stride: int = 1,
+    seed: int = 0,
+) -> GradientSamples:
+    """The gradient of a molecular model in all its P parameters, one estimate for each group (one group per size).
+
+    A row is the mean over the group's rollouts of sum_t A_t grad log pi, as in an iteration of FED-GRPO with one
+    group, without the division by the spread. potential_schedule(steps, stride) says where the oracle is asked.
+    """
+    rollouts = rollout(model, sizes, members, steps=steps, skip_prefix=skip_prefix, seed=seed)
+    schedule = potential_schedule(rollouts.steps, stride)
+    potential = potentials(rollouts, model, oracle, schedule)
+    terminal, _, ok = terminal_rewards(rollouts.molecules, oracle)
+    signals = centred_signals(potential, terminal, ok & potential.isfinite().all(1), members)
+    rows: dict[str, list[FloatArray]] = {name: [] for name in signals}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for group in range(rollouts.groups):
+        chosen = slice(group * members, (group + 1) * members)
+        log_pi = _log_policy(model, rollouts, chosen)
+        for name, signal in signals.items():
+            objective = (signal[chosen].t().to(log_pi) * log_pi).sum() / members
+            grads = torch.autograd.grad(objective, parameters, retain_graph=True)
+            rows[name].append(torch.cat([g.flatten() for g in grads]).cpu().numpy())
+    return GradientSamples(**{k: np.stack(v) for k, v in rows.items()}, oracle_calls=(1, 1 + len(schedule)))
+
+
+def _log_policy(model: Denoiser, rollouts: Rollouts, chosen: slice) -> Tensor:
+    """log pi of the stored actions up to a constant, (S, K), with the graph to the model's parameters."""
+    members = chosen.stop - chosen.start
+    times = torch.tensor(rollouts.times, device=model.device).repeat_interleave(members)
+    t, s = times[:-members], times[members:]
+    states, noise, old = (x[:, chosen].flatten(0, 1) for x in (rollouts.states, rollouts.noise, rollouts.eps))
+    new = model.eps(states, t, rollouts.mask[chosen].repeat(rollouts.steps, 1))
+    scale = model.schedule.transition(t, s).ratio_scale.to(new.dtype)
+    return log_ratio(noise, new, old, scale).view(rollouts.steps, members)
+
+
+# ---------------------------------------------------------------------- the plug-in potential
+@dataclass(frozen=True)
+class PlugInGain:
+    """What a second policy gains over a first one from the same start states, (G,) means over the groups, eV/atom.
+
+    terminal: in the terminal reward Phi(s_0). drift: how much its own potential of the start state is above the first
+    policy's. With one fixed potential the shaped return gains `terminal`, exactly; with each policy's own potential it
+    gains terminal - drift.
+    """
+
+    terminal: FloatArray
+    drift: FloatArray
+
+    @property
+    def plug_in(self) -> FloatArray:
+        """Gain in the shaped return when each policy is judged with its own potential, (G,)."""
+        return self.terminal - self.drift
+
+
+@torch.no_grad()
+def plug_in_gain(
+    first: Denoiser,
+    second: Denoiser,
+    oracle: Oracle,
+    sizes: Sequence[int],
+    members: int,
+    *,
+    steps: int | None = None,
+    skip_prefix: int = 0,
+    seed: int = 0,
+) -> PlugInGain:
+    """Roll both policies out from the start states of `first`'s groups with the same noise (gamma = 1).
+
+    Groups in which the oracle could not judge a start state, or any result of one policy, are left out. Raises
+    ValueError when none is left.
+    """
+    rollouts = rollout(first, sizes, members, steps=steps, skip_prefix=skip_prefix, seed=seed)
+    start, mask = rollouts.states[0], rollouts.mask
+    t = torch.full((len(start),), rollouts.times[0], device=first.device)
+    noise = [*rollouts.noise, first.noise(mask, step_generator(seed, 2, device=first.device))]
+    phi, ends = [], []
+    for model in (first, second):
+        clean = model.clean(start, t, model.eps(start, t, mask))
+        phi.append(terminal_rewards(model.decode(clean, clean[..., :3], mask), oracle)[0])
+        *_, last = ancestral(model, mask, grid=rollouts.times, z=start, noise=iter(noise))
+        ends.append(terminal_rewards(decode_record(model, last), oracle)[0])
+    gain, drift = (_group_means(b - a, members) for a, b in (ends, phi))
+    kept = np.isfinite(gain) & np.isfinite(drift)
+    if not kept.any():
+        raise ValueError(
+            f"the {oracle.name} oracle could judge none of the {len(kept)} groups: start later, or use more"
+        )
+    return PlugInGain(gain[kept], drift[kept])
+
+
+def _group_means(values: Tensor, members: int) -> FloatArray:
+    """Mean over the finite values of each group, (G,); NaN for a group without one."""
+    return values.double().view(-1, members).nanmean(1).cpu().numpy()
 
 
 def _shift_scores(model: Denoiser, rollouts: Rollouts) -> Tensor:

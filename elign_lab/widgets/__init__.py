@@ -20,16 +20,25 @@ if TYPE_CHECKING:
     from elign_lab.widgets.panels import (
         AlignmentDashboard,
         DFTCheck,
+        MoleculeEditor,
         OracleComparison,
         RewardInspector,
         SamplingPanel,
     )
 
-_PANELS = ("AlignmentDashboard", "DFTCheck", "OracleComparison", "RewardInspector", "SamplingPanel")
+_PANELS = (
+    "AlignmentDashboard",
+    "DFTCheck",
+    "MoleculeEditor",
+    "OracleComparison",
+    "RewardInspector",
+    "SamplingPanel",
+)
 __all__ = [
     "AlignmentDashboard",
     "DFTCheck",
     "Live",
+    "MoleculeEditor",
     "MoleculeViewer",
     "OracleComparison",
     "RewardInspector",
@@ -58,8 +67,10 @@ def show(
     """
     if style not in (None, "py3dmol"):
         raise ValueError(f"style is {style!r}, expected None or 'py3dmol'")
-    if style == "py3dmol":
-        return _show_py3dmol(x, **options)
+    return _show_py3dmol(x, **options) if style == "py3dmol" else _viewer(x, **options)
+
+
+def _viewer(x: Any, **options: Any) -> MoleculeViewer:
     if isinstance(x, tuple):
         x = {f"{k + 1}": part for k, part in enumerate(x)}
     if isinstance(x, MoleculeBatch) and 1 < len(x) <= _GRID_LIMIT and not _per_frame(options):
@@ -84,7 +95,7 @@ def _show_py3dmol(x: Any, *, js: str | None = None, height: int = 380, **options
     import py3Dmol
     from IPython.display import HTML
 
-    viewer = show(x, height=height, **options)
+    viewer = _viewer(x, height=height, **options)
     address = js or inspect.signature(py3Dmol.view).parameters["js"].default
     reason = _unreachable(address)
     if reason:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Generic, TypeVar
 
 import ipywidgets
@@ -49,7 +49,7 @@ class Live(ipywidgets.VBox, Generic[T]):
             )
         self._source = iterable
         self._on_item = on_item
-        self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stop_asked = threading.Event()
@@ -131,7 +131,7 @@ class Live(ipywidgets.VBox, Generic[T]):
         except BaseException as error:  # whatever it was: wait() raises it in the caller's thread
             self._fail(error)
         try:
-            if hasattr(steps, "close"):
+            if isinstance(steps, Generator):
                 steps.close()
         except BaseException as error:
             status = "failed"

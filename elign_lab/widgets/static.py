@@ -164,7 +164,7 @@ class _Canvas:
         self, numbers: NDArray[np.integer], x: FloatArray, colors: FloatArray, sticks: NDArray[np.integer] | None
     ) -> None:
         """Balls and sticks of the atoms that are finite; x (n, 3) is turned to the viewer already."""
-        finite = np.isfinite(x).all(-1)
+        finite = np.asarray(np.isfinite(x).all(-1))
         pairs = bonds(numbers, x) if sticks is None else np.asarray(sticks, dtype=int).reshape(-1, 2)
         for i in np.flatnonzero(finite):
             self.sphere(x[i], BALL_RADII[numbers[i]], colors[i])

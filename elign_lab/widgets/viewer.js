@@ -274,6 +274,14 @@ function arrow(ctx, a, b) {
   ctx.fill();
 }
 
+function ring(ctx, { x, y, r }, color) {
+  ctx.beginPath();
+  ctx.arc(x, y, r + 2.5, 0, 2 * Math.PI);
+  ctx.strokeStyle = color;
+  ctx.lineWidth = 2.5;
+  ctx.stroke();
+}
+
 function drawMolecule(ctx, frame, colors, camera, options) { // returns the atoms on the screen, back to front
   const at = (i) => camera.view([0, 1, 2].map((c) => frame.x[3 * i + c] - options.center[c]));
   const points = Array.from({ length: frame.n }, (_, i) => (frame.finite[i] ? at(i) : null));
@@ -397,6 +405,7 @@ function createView(store, model, el) {
     const box = panel.canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
     const hit = panel.hits.findLast((h) => Math.hypot(h.x - x, h.y - y) <= h.r);
     set("selected", hit ? hit.i : null);
+    model.send({ kind: "pick", atom: hit ? hit.i : null });
   }
 
   function lens(panel, width, height, ground) { // camera of one panel: rotate, then a mild perspective
@@ -454,14 +463,11 @@ function createView(store, model, el) {
     panel.box.classList.toggle("elv-empty", !frame);
   }
   function select(panel, frame) {
-    const { ctx, label } = panel, hit = panel.hits.find((h) => h.i === model.get("selected"));
+    const { label } = panel, hit = panel.hits.find((h) => h.i === model.get("selected"));
+    for (const [color, atoms] of Object.entries(model.get("marks"))) panel.hits.filter((h) => atoms.includes(h.i)).forEach((h) => ring(panel.ctx, h, color));
     label.hidden = !hit;
     if (!hit) return;
-    ctx.beginPath();
-    ctx.arc(hit.x, hit.y, hit.r + 2.5, 0, 2 * Math.PI);
-    ctx.strokeStyle = ACCENT;
-    ctx.lineWidth = 2.5;
-    ctx.stroke();
+    ring(panel.ctx, hit, ACCENT);
     const { i } = hit, lines = [`${store.tables.symbols[frame.numbers[i]]} ${i}`, `(${Array.from(frame.x.subarray(3 * i, 3 * i + 3), (c) => c.toFixed(3)).join(", ")}) Å`];
     if (frame.norms) lines.push(`|F| ${frame.norms[i].toPrecision(3)} eV/Å`);
     if (frame.types) {
@@ -521,7 +527,7 @@ function createView(store, model, el) {
   function invalidate() { queued ||= requestAnimationFrame(draw); }
 
   store.views.add(invalidate);
-  const names = "frame playing selected color_by arrows force_max title height last_error".split(" ").map((name) => `change:${name}`).join(" ");
+  const names = "frame playing selected marks color_by arrows force_max title height last_error".split(" ").map((name) => `change:${name}`).join(" ");
   model.on(names, invalidate);
   const resized = new ResizeObserver(invalidate), themed = new MutationObserver(() => setTimeout(invalidate, 60));
   resized.observe(stage);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,9 @@ class MoleculeViewer(anywidget.AnyWidget):
         nearer than 1.3 times the sum of the covalent radii). shared_orientation: turn all panels as the first one.
 
     Two-way traits, which can be observed and set: `frame`, `selected` (an atom or None), `playing`, `follow` (stay on
-    the newest frame), `color_by`, `arrows`, `last_error`. Raises ValueError for input that cannot be drawn; positions
-    that are not finite are counted in the view, because a diverging sampler is something to look at.
+    the newest frame), `color_by`, `arrows`, `last_error`. `marks` draws rings in the live view: lists of atoms by CSS
+    colour. Raises ValueError for input that cannot be drawn; positions that are not finite are counted in the view,
+    because a diverging sampler is something to look at.
     """
 
     _esm = Path(__file__).with_name("viewer.js")
@@ -100,6 +101,7 @@ class MoleculeViewer(anywidget.AnyWidget):
     playing = traitlets.Bool(False).tag(sync=True)
     fps = traitlets.Int(15, min=1, max=60).tag(sync=True)
     selected = traitlets.Int(None, allow_none=True, min=0).tag(sync=True)
+    marks = traitlets.Dict(traitlets.List(traitlets.Int(min=0)), key_trait=traitlets.Unicode()).tag(sync=True)
     color_by = traitlets.Enum(("element", "force", "type"), "element").tag(sync=True)
     arrows = traitlets.Bool(False).tag(sync=True)
     force_max = traitlets.Float(None, allow_none=True).tag(sync=True)
@@ -108,9 +110,9 @@ class MoleculeViewer(anywidget.AnyWidget):
     last_error = traitlets.Unicode("").tag(sync=True)
     _titles = traitlets.List(traitlets.Unicode()).tag(sync=True)
     _columns = traitlets.Int(1).tag(sync=True)
-    _orientations = traitlets.List().tag(sync=True)
+    _orientations: traitlets.List[Any] = traitlets.List().tag(sync=True)
     _types = traitlets.List(traitlets.Int()).tag(sync=True)
-    _bonds = traitlets.List(None, allow_none=True).tag(sync=True)
+    _bonds: Any = traitlets.List(None, allow_none=True).tag(sync=True)
     _palette = traitlets.Dict().tag(sync=True)
     _still = traitlets.Dict().tag(sync=True)
 
@@ -168,6 +170,7 @@ class MoleculeViewer(anywidget.AnyWidget):
             _still=self._encode_still(0),
             follow=self.n_frames < 2,
         )
+        self._pick_callbacks: list[Callable[[int | None], object]] = []
         self.on_msg(self._on_message)
 
     # ------------------------------------------------------------------ frames
@@ -252,7 +255,7 @@ class MoleculeViewer(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The widget, and a picture for pages that run no widgets (GitHub, nbviewer)."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         self._still = self._encode_still(self.frame)
         data["image/png"] = base64.b64encode(self.to_png()).decode()
         size = {"width": _PICTURE_WIDTH, "height": self._picture_height()}
@@ -291,7 +294,13 @@ class MoleculeViewer(anywidget.AnyWidget):
                 self._timer = None
         super().close()
 
+    def on_pick(self, callback: Callable[[int | None], object]) -> None:
+        """Call this with the atom at each click in the view, also at a second one on the same atom; None: beside it."""
+        self._pick_callbacks.append(callback)
+
     def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
+        if content.get("kind") == "pick":
+            self._click(content["atom"])
         if content.get("kind") != "need":
             return
         with self._lock:  # a new page: everything, also what still waits for its turn
@@ -302,6 +311,13 @@ class MoleculeViewer(anywidget.AnyWidget):
             self._pending.clear()
             self._send_frames(everything)
         self._follow_newest()
+
+    def _click(self, atom: int | None) -> None:
+        try:
+            for callback in self._pick_callbacks:
+                callback(atom)
+        except Exception as error:  # a click has no caller that could catch it
+            self._report(error)
 
     def _send_pending(self) -> None:
         """Send what waits; the caller holds the lock."""
@@ -321,6 +337,7 @@ class MoleculeViewer(anywidget.AnyWidget):
         room = _MESSAGE_FLOATS
         for panel, i in keys:
             frame = self._reference if panel == _REFERENCE else self._trajectories[panel][i]
+            assert frame is not None  # a pending reference is there
             chunk.append((panel, i, frame))
             room -= 7 * len(frame.numbers)
             if room < 0:
@@ -463,7 +480,8 @@ class MoleculeViewer(anywidget.AnyWidget):
     def _drawings(self) -> list[Drawing]:
         drawings = []
         shown = dict(self._shown(self.frame))
-        reference = self._reference and (self._reference.numbers, self._reference.positions)
+        overlay = self._reference
+        reference = None if overlay is None else (overlay.numbers, overlay.positions)
         for p, name in enumerate(self._titles):
             frame = self._trajectories[p][shown[p]] if p in shown else _NOTHING
             turn = self._orientations[p]

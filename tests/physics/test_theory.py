@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from elign_lab.alignment import AlignConfig, Trainer, rollout
+from elign_lab.alignment import AlignConfig, Trainer, log_density, rollout
 from elign_lab.checkpoints import load_model
+from elign_lab.datasets import load_dataset
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
 from elign_lab.theory import (
@@ -26,13 +28,16 @@ from elign_lab.theory import (
     statement,
     tilt,
 )
-from elign_lab.theory.alchemical import alchemical_cosines
+from elign_lab.theory.alchemical import alchemical_cosines, trained_time
 from elign_lab.theory.check import mean_check
+from elign_lab.theory.explore import explore
 from elign_lab.theory.mixture import GaussianMixture
 from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import perturbed, small_denoiser, subspace_basis
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ANI_WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "ani-2x" / "ani-2x_8x"
+needs_ani = pytest.mark.skipif(not ANI_WEIGHTS.is_dir(), reason="the ANI-2x weights are not part of the repository")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -128,6 +133,26 @@ def test_point_denoiser_is_exact_before_training():
         assert torch.all(eps[..., :3] == 0)
 
 
+def test_alignment_in_the_plane_reaches_the_tilt():
+    """Mean energy after FED-GRPO against the weighted base sample, within 3 standard errors, and against half the beta.
+
+    Fewer iterations than these have not converged.
+    """
+    three = GaussianMixture.of((0.4, (-1.0, -0.6), 0.4), (0.4, (1.0, -0.6), 0.4), (0.2, (0.0, 1.1), 0.4))
+    energy = lambda x: 2 * (x.norm(dim=1) - 1.1) ** 2 - 0.8 * x[:, 1]  # noqa: E731
+    before = energy(points.PointDenoiser(three).terminal(6000))
+    after = energy(points.align_points(three, energy, 1.0, iterations=40).terminal(6000))
+
+    def difference(beta):
+        weights = torch.softmax(-beta * before, 0)
+        tilt = float(weights @ before)
+        error = float((weights * (before - tilt)).square().sum().sqrt())
+        return Check(float(after.mean()), tilt, math.hypot(error, float(after.std()) / len(after) ** 0.5))
+
+    assert difference(1.0).holds, difference(1.0)
+    assert difference(0.5).fails, difference(0.5)
+
+
 def test_aligned_mass_follows_beta():
     """The mass of the lower well grows with beta, as the grid's best policy says (three values of beta)."""
     model = points.PointDenoiser(points.WELLS)
@@ -196,6 +221,18 @@ def test_torsion_input_is_checked():
     assert conformers.inverse_temperature(300) == pytest.approx(38.68, abs=0.01)
 
 
+def test_weight_share_is_one_for_equal_energies_and_one_sample_for_a_deep_well():
+    assert conformers.weight_share(np.zeros(10), 40.0) == pytest.approx(1)
+    assert conformers.weight_share(np.array([-5.0] + [0.0] * 9), 40.0) == pytest.approx(0.1)
+
+
+def test_whole_conformers_lose_more_weight_at_a_lower_temperature():
+    energies = conformers.conformer_energies("CCCC", 40, load_oracle("learned"))
+    shares = [conformers.weight_share(energies, conformers.inverse_temperature(t)) for t in (300, 3000)]
+    assert energies.shape == (40,)
+    assert shares[0] < 0.5 < shares[1]
+
+
 # ---------------------------------------------------------------------- theorem 2
 def test_bounds_and_their_inverse():
     assert error_bound.paper_bound(2.0, 0.1) == pytest.approx(math.tanh(0.2))
@@ -222,6 +259,33 @@ def test_real_energy_errors_of_two_xtb_methods():
     assert 0 < error_bound.half_spread(difference) < 0.5
 
 
+def test_energy_error_orders_its_quantiles_and_allows_more_beta_for_the_smaller():
+    found = error_bound.EnergyError.of(np.array([0.0, 0.01, 0.02, 0.03, 1.0]))
+    assert found.uniform == pytest.approx(0.5)
+    assert found.half < found.ninety
+    betas = found.betas(0.1)
+    assert betas["half"] > betas["ninety"]
+    assert math.tanh(betas["uniform"] * found.uniform) == pytest.approx(0.1)
+
+
+@needs_ani
+def test_learned_oracle_is_closer_to_its_teacher_than_to_another_level_of_theory():
+    """The real eps of theorem 2: against GFN2-xTB, which labelled the training data, and against ANI-2x."""
+    test = load_dataset("bundled", split="test", geometry="mmff94")
+    molecules, learned = test.batch(np.arange(0, len(test), len(test) // 30)[:30]), load_oracle("learned")
+    with load_oracle("xtb", workers=0) as xtb:
+        teacher = error_bound.EnergyError.of(error_bound.energy_difference(learned, xtb, molecules))
+    ani = load_oracle("ani", weights=ANI_WEIGHTS)
+    raw, fitted = (
+        error_bound.EnergyError.of(error_bound.energy_difference(learned, ani, molecules, fit_references=fit))
+        for fit in (False, True)
+    )
+    assert teacher.uniform < 0.05 < raw.uniform
+    # what is left when the elements' own energies are taken out is a property of bonds, and much smaller
+    assert fitted.uniform < raw.uniform / 3
+    assert teacher.half < fitted.half
+
+
 # ---------------------------------------------------------------------- PBRS
 def test_shaped_values_are_shifted_by_the_potential():
     """Ng et al.: Q*_shaped(s, a) = Q*(s, a) - Phi(s)."""
@@ -240,10 +304,75 @@ def test_telescoping_on_rollouts_of_the_bundled_model_judged_by_xtb():
         assert shaping.telescoping_gap(model, oracle, rollouts, gamma=0.9) < 1e-8
 
 
-def test_shaping_changes_the_variance_of_the_gradient():
+def test_shaping_lowers_the_variance_of_the_gradient_per_rollout():
     samples = shaping.gradient_samples(1500, 0)
-    assert samples.shaped.var(0).sum() != pytest.approx(samples.terminal.var(0).sum(), rel=0.05)
+    ratio, error = samples.variance_ratio()
+    assert ratio + 3 * error < 1
     assert samples.oracle_calls == (1, 1 + points.TIMESTEPS)
+    assert samples.variance_ratio_per_call() == pytest.approx(ratio * samples.oracle_calls[1])
+
+
+def test_jackknife_error_of_a_variance_ratio_agrees_with_the_normal_theory():
+    """For independent normal samples the ratio of two variances has the relative error sqrt(4 / n)."""
+    rng = np.random.default_rng(0)
+    n = 400
+    shaped, terminal = rng.normal(size=(n, 1)), rng.normal(scale=2, size=(n, 1))
+    ratio, error = shaping.GradientSamples(terminal, shaped, shaped, (1, 5)).variance_ratio()
+    assert ratio == pytest.approx(0.25, abs=3 * error)
+    assert error / ratio == pytest.approx((4 / n) ** 0.5, rel=0.3)
+
+
+def test_centred_signals_have_no_mean_in_any_group_and_leave_failures_out():
+    generator = torch.Generator().manual_seed(0)
+    potential = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    terminal = torch.randn(6, generator=generator, dtype=torch.float64)
+    ok = torch.tensor([True] * 5 + [False])
+    terminal[5] = math.nan
+    signals = shaping.centred_signals(potential, terminal, ok, members=3)
+    for values in signals.values():
+        assert values.view(2, 3, 4).sum(1).abs().max() < 1e-9
+        assert not values[5].any()
+    expected = terminal[:3].unsqueeze(1) - potential[:3]
+    assert torch.allclose(signals["shaped"][:3], expected - expected.mean(0))
+
+
+def test_model_gradient_is_that_of_the_log_density():
+    """The gradient of a group equals sum_t A_t grad log pi, with log pi by mdp.log_density, by finite differences."""
+    model, oracle = small_denoiser(), PairSprings()
+    found = shaping.model_gradient_samples(model, oracle, [5], 3, skip_prefix=6, seed=1)
+    rollouts = rollout(model, [5], 3, skip_prefix=6, seed=1)
+    potential, terminal = shaping.rollout_potentials(model, oracle, rollouts)
+    signal = shaping.centred_signals(potential, terminal, torch.ones(3, dtype=torch.bool), 3)["shaped"]
+    weight = next(p for p in model.parameters() if p.requires_grad)
+
+    def objective(change):
+        with torch.no_grad():
+            weight.view(-1)[0] += change
+            total = 0.0
+            for k, (t, s) in enumerate(itertools.pairwise(rollouts.times)):
+                step = model.schedule.transition(t, s)
+                old = model.posterior_mean(rollouts.states[k], rollouts.eps[k], step)
+                z_s = old + step.sigma * rollouts.noise[k]
+                eps = model.eps(rollouts.states[k], torch.full((3,), t), rollouts.mask)
+                new = model.posterior_mean(rollouts.states[k], eps, step)
+                total += float((signal[:, k] * log_density(z_s, new, step.sigma, rollouts.mask)).sum()) / 3
+            weight.view(-1)[0] -= change
+        return total
+
+    slope = (objective(1e-5) - objective(-1e-5)) / 2e-5
+    assert abs(slope) > 1e-6
+    assert float(found.shaped[0, 0]) == pytest.approx(slope, rel=1e-4)
+    assert found.oracle_calls == (1, 1 + rollouts.steps)
+
+
+def test_plug_in_gain_of_a_model_over_itself_is_zero_and_the_drift_is_subtracted():
+    model, oracle = small_denoiser(), PairSprings()
+    same = shaping.plug_in_gain(model, model, oracle, [5, 6], 3, skip_prefix=5)
+    assert np.abs(same.terminal).max() < 1e-9
+    assert np.abs(same.drift).max() < 1e-9
+    other = shaping.plug_in_gain(model, perturbed(model, 0.05), oracle, [5, 6], 3, skip_prefix=5)
+    assert np.abs(other.drift).min() > 1e-6
+    assert np.allclose(other.plug_in, other.terminal - other.drift)
 
 
 # ---------------------------------------------------------------------- theorem 5 and F.1
@@ -277,6 +406,22 @@ def test_alchemical_cosines_are_given_for_every_analysed_step_and_molecule():
         alchemical_cosines(base, base, PairSprings(), [4], skip=1000)
 
 
+def test_cosines_until_a_time_are_those_of_the_later_steps():
+    base = small_denoiser()
+    found = alchemical_cosines(base, perturbed(base, 0.02), PairSprings(), [5] * 3)
+    late = found.until(4)
+    assert late.times.tolist() == [t for t in found.times.tolist() if t <= 4]
+    assert torch.equal(late.cosine, found.cosine[-len(late.times) :])
+    with pytest.raises(ValueError, match="no analysed state has t <= -1"):
+        found.until(-1)
+
+
+def test_trained_time_is_where_the_shared_prefix_ends():
+    base = small_denoiser()
+    config = AlignConfig(steps=None, skip_prefix=7)
+    assert trained_time(base, config) == rollout(base, [4], 2, skip_prefix=7).times[0]
+
+
 def test_subspace_basis_is_orthonormal_and_centred():
     basis = subspace_basis(5)
     assert basis.shape == (15, 12)
@@ -287,7 +432,7 @@ def test_subspace_basis_is_orthonormal_and_centred():
 
 
 # ---------------------------------------------------------------------- figures
-def test_every_figure_has_axis_titles():
+def test_every_figure_has_axis_titles_and_alternative_text():
     base = small_denoiser()
     found = alchemical_cosines(base, perturbed(base, 0.02), PairSprings(), [5] * 4, stride=5)
     step = force.TiltedStep(*(np.array([0.1, 0.2]) for _ in range(5)), torch.zeros(3, 3), 1)
@@ -304,10 +449,22 @@ def test_every_figure_has_axis_titles():
         figures.order_figure([0.1, 0.2, 0.3], {"a": np.array([1e-3, 8e-3, 27e-3])}),
         figures.step_figure(step, "sigma"),
         figures.cosine_figure(found),
-        figures.cosine_by_time_figure(found),
+        figures.cosine_by_time_figure(found, trained=4),
         figures.noise_norm_figure(3, n=100),
     ]
     for figure in drawn:
         assert figure.layout.xaxis.title.text
         assert figure.layout.yaxis.title.text
+        assert figure.layout.meta["alt"]
     assert "slope 3.00" in drawn[7].data[0].name
+
+
+def test_sliders_redraw_the_figure():
+    panel = explore(figures.tilt_figure, beta=(1.0, 0.0, 6.0, 0.25), slope=(0.5, -1.0, 1.0, 0.1))
+    beta, slope, chart = panel.children
+    assert "beta = 1:" in chart.figure.layout.title.text
+    beta.value = 2.0
+    assert "beta = 2:" in chart.figure.layout.title.text
+    assert slope.value == 0.5
+    with pytest.raises(ValueError, match="first value, least, largest"):
+        explore(figures.tilt_figure, beta=(9.0, 0.0, 6.0, 0.25))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from elign_lab import load_oracle
+from elign_lab import load_model, load_oracle, sample
 from elign_lab.evaluation import physics
-from elign_lab.evaluation.evidence import EVIDENCE, Evidence
+from elign_lab.evaluation.evidence import EVIDENCE, Evidence, collect, load_or_collect
 from elign_lab.molecules import MoleculeBatch
 
 
@@ -39,6 +39,32 @@ def test_bad_requests_are_named(tmp_path):
     np.savez(tmp_path / "other.npz", models=np.array(["a"]))
     with pytest.raises(ValueError, match="not an evidence file"):
         Evidence.load(tmp_path / "other.npz")
+
+
+def test_collected_evidence_is_what_the_oracles_say_of_the_same_seeds(tmp_path):
+    model, learned = load_model("edm-mini"), load_oracle("learned")
+    strict = load_oracle("learned", max_atoms=9)
+    made = collect({"a": model, "b": model}, {"learned": learned, "strict": strict}, 3, steps=4, seed=2)
+    assert torch.equal(made.molecules[0].positions, made.molecules[1].positions)
+    assert torch.equal(made.molecules[0].positions, sample(model, 3, steps=4, seed=2).positions)
+    expected = physics(made.molecules[0].to(dtype=torch.float64), learned)
+    for name in made.models:
+        energy, force = made.of(name, "learned")
+        np.testing.assert_allclose(force, expected.f_rms.numpy())
+        np.testing.assert_allclose(energy, expected.energy_per_atom.numpy())
+        assert made.failures(name, "strict") == int((made.molecules[0].sizes > 9).sum()) > 0
+    with pytest.raises(ValueError, match="got 1 and 0"):
+        collect({"a": model}, {}, 3)
+    read, source = load_or_collect(("x",), ("y",), 1, path=made.save(tmp_path / "evidence.npz"))
+    assert read.models == ("a", "b")
+    assert source == "read from evidence.npz: 3 molecules of each of a, b, judged by learned, strict"
+
+
+def test_without_a_file_a_small_evidence_is_computed_and_says_so(tmp_path):
+    found, source = load_or_collect(("edm-mini",), ("learned",), 2, steps=3, path=tmp_path / "evidence.npz")
+    assert (found.models, found.oracles, len(found.molecules[0])) == (("edm-mini",), ("learned",), 2)
+    assert source.startswith("computed now, there is no evidence.npz")
+    assert not (tmp_path / "evidence.npz").exists()
 
 
 @pytest.mark.skipif(not EVIDENCE.exists(), reason="no bundled evidence yet")

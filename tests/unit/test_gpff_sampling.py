@@ -11,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
+from elign_lab.checkpoints import load_model
 from elign_lab.cli import main
 from elign_lab.datasets import load_dataset
 from elign_lab.gpff import (
@@ -21,12 +22,15 @@ from elign_lab.gpff import (
     SamplingTask,
     Sphere,
     calibrate,
+    denoiser_table,
     generate,
     get_sampler,
     judge,
     nearest_image,
     parse_formula,
     pocket,
+    quality_figure,
+    quality_from_json,
     quality_json,
     quality_table,
     quality_text,
@@ -300,6 +304,12 @@ def test_distances_and_regions_hold(untrained):
     assert float(outside.min()) > 1.7 - 1e-3  # van der Waals radius of carbon
 
 
+def test_an_atom_at_the_centre_of_a_region_is_pushed_out(ethanol):
+    x = ethanol.positions[0]
+    wall = Constraints(x, forbidden=(Sphere(tuple(x[4].tolist()), 1.5),))
+    assert wall.violation(wall.project(x.unsqueeze(0))) < 2e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -400,6 +410,21 @@ def test_quality_of_an_exact_field(ethanol):
     content = json.loads(json.dumps(quality_json(rows), allow_nan=False))
     assert content[0]["f_rms"] is None
     assert content[0]["sampler"] == "ancestral"
+    again = quality_from_json(content)
+    assert quality_text(again) == quality_text(rows)
+    figure = quality_figure(again)
+    assert {trace.name for trace in figure.data} == {row.sampler for row in rows}
+    assert max(y for trace in figure.data for y in trace.y) == pytest.approx(100)
+
+
+def test_quality_of_a_denoiser_counts_its_decoding():
+    model = load_model("edm-mini")
+    calls = []
+    answer = model.eps
+    model.eps = lambda *a, **kw: calls.append(1) or answer(*a, **kw)
+    rows = denoiser_table(model, 2, budgets=(1, 5), samplers=("ancestral",))
+    assert [(row.sampler, row.evaluations) for row in rows] == [("EDM ancestral", 5)]  # one call cannot sample
+    assert len(calls) == 5
 
 
 def test_calibration(ethanol):
@@ -429,6 +454,9 @@ def test_command_line(untrained, tmp_path, capsys):
     assert MoleculeBatch.from_xyz(out).formula(2) == "C2H6O"
     assert main([*arguments, "--sampler", "nothing"]) == 2
     assert "unknown sampler" in capsys.readouterr().err
-    arguments = ["gpff", "evaluate", "--model", path, "--n", "2", "--evaluations", "1", "--oracle", "learned", "--json"]
-    assert main(arguments) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 8
+    arguments = ["gpff", "evaluate", "--model", path, "--n", "2", "--evaluations", "3", "--oracle", "learned", "--json"]
+    table = tmp_path / "table.json"
+    assert main([*arguments, "--denoiser", "edm-mini", "--out", str(table)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["rows"]) == 10
+    assert json.loads(table.read_text()) == printed

@@ -15,7 +15,6 @@ import torch
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import CachedOracle, load_oracle
 from elign_lab.oracles._evaluation import Evaluation
-from elign_lab.oracles.cache import settings_of
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.testing import SpringOracle
 
@@ -124,15 +123,15 @@ def test_another_setting_or_molecule_has_another_key(tmp_path):
 )
 def test_what_defines_the_numbers_is_in_the_key(name, one, other):
     a, again, b = (load_oracle(name, **options) for options in (one, one, other))
-    assert settings_of(a) == settings_of(again) != settings_of(b)
+    assert a.identity() == again.identity() != b.identity()
 
 
 def test_weights_are_in_the_key_and_the_number_of_workers_is_not():
     a, b = load_oracle("learned"), load_oracle("learned")
     with torch.no_grad():
         next(iter(b.model.parameters())).add_(1e-3)
-    assert settings_of(a)["weights"] != settings_of(b)["weights"]
-    assert settings_of(load_oracle("xtb", workers=1)) == settings_of(load_oracle("xtb", workers=2, chunk_size=7))
+    assert a.identity()["weights"] != b.identity()["weights"]
+    assert load_oracle("xtb", workers=1).identity() == load_oracle("xtb", workers=2, chunk_size=7).identity()
 
 
 def test_an_unknown_oracle_needs_an_identity(tmp_path):

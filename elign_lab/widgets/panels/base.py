@@ -14,7 +14,7 @@ import ipywidgets
 import plotly.graph_objects as go
 import traitlets
 
-from elign_lab.theory.figures import COLORS
+from elign_lab.teaching.figure import COLORS
 
 _CSS = Path(__file__).with_name("panels.css").read_text()
 _GREY = "#8a93a3"  # legible on white and on black: a figure does not know the theme of the page

@@ -14,6 +14,7 @@ from elign_lab.alignment.config import AlignConfig, cpu_mini
 from elign_lab.alignment.rewards import TerminalChannel
 from elign_lab.alignment.trainer import Trainer
 from elign_lab.denoiser import Denoiser
+from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import sample
 from elign_lab.training import read_json_lines
@@ -106,13 +107,15 @@ class AlignmentDashboard(Panel):
         self.config = config or cpu_mini()
         self.trainer = Trainer(copy.deepcopy(model), oracle, self.config, out=out, channels=channels)
         log = Path(out) / "log.jsonl" if out is not None else None
-        self.rows: list[Metrics] = read_json_lines(log) if log is not None and log.exists() else []
+        self.rows: list[Metrics] = []
+        if log is not None and log.exists():
+            self.rows += read_json_lines(log)
         self._gallery = gallery
         self.live: Live[Metrics] = Live(self._iterations, total=self.config.iterations, description="alignment")
         self._channels = [channel.name for channel in channels]
         self.chart = Chart(dashboard_figure(self.rows, self._channels))
         self._progress = ipywidgets.HTML()
-        names = {f"sample {i}": [] for i in range(gallery)}
+        names: dict[str, list[MoleculeBatch]] = {f"sample {i}": [] for i in range(gallery)}
         self.viewer = MoleculeViewer(names, title="the same noise, policy by policy", height=190) if gallery else None
         super().__init__(
             "Alignment",
@@ -154,6 +157,8 @@ class AlignmentDashboard(Panel):
         self._progress.value = progress_html(self.rows, self.config)
 
     def _push_gallery(self) -> None:
+        if self.viewer is None:
+            return
         done = self.trainer.iteration
         label = f"after {done}" if done else "base"
         molecules = sample(self.trainer.policy, self._gallery, steps=self.config.steps, seed=self.config.seed)

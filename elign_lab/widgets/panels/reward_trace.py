@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def trace_group(
     )
 
 
-def _judge_clean(model: Denoiser, oracle: Oracle, rollouts: Rollouts) -> dict[str, object]:
+def _judge_clean(model: Denoiser, oracle: Oracle, rollouts: Rollouts) -> dict[str, Any]:
     """Energy and forces of the clean estimate at every step, also of those that the trainer does not pay for."""
     clean = [rollouts.clean(model, k) for k in range(rollouts.steps)]
     frames = MoleculeBatch.cat(clean)
@@ -237,8 +238,9 @@ def _reward_lines(trace: RewardTrace, i: int, k: int) -> list[Line]:
     judged = trace.judged_step(i, k)
     energy = float(trace.energy_per_atom[i, judged])
     bound = c.energy_clip
-    clipped = bound is not None and abs(energy) > bound
-    inside = f"clip({number(energy)}, {number(-bound)}, {number(bound)})" if clipped else _term(energy)
+    inside = _term(energy)
+    if bound is not None and abs(energy) > bound:
+        inside = f"clip({number(energy)}, {number(-bound)}, {number(bound)})"
     name = "potential" if judged == k else f"potential, taken from step {judged}"
     if math.isnan(energy):
         name, inside = "potential; no estimate could be judged, r_E stands in", _term(-here)

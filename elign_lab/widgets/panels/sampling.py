@@ -199,7 +199,7 @@ class SamplingPanel(Panel):
     def _run(self) -> Iterator[StepRecord]:
         order, records = sampling_run(self._models[self.settings.model], self.settings)
         self._place = torch.argsort(order).tolist()
-        names = {f"{i}": [] for i in range(self.settings.n)}
+        names: dict[str, list[MoleculeBatch]] = {f"{i}": [] for i in range(self.settings.n)}
         self.viewer = MoleculeViewer(names, height=380 if len(names) == 1 else 230, shared_orientation=False)
         self._stage.children = [self.viewer]
         self._result.value = ""

@@ -1,0 +1,543 @@
+"""The molecular editor without a browser: bonds, states, runs, measures, and the panel's callbacks."""
+
+from __future__ import annotations
+
+import math
+import threading
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from rdkit import Chem
+
+from elign_lab.checkpoints import ASSETS
+from elign_lab.gpff import SAMPLERS, GPFFConfig, PseudoForceField, load_force_field
+from elign_lab.gpff import editing_bonds as bonds
+from elign_lab.gpff import editing_state as editing
+from elign_lab.gpff.editing_run import Measures, RunSettings, accept, latency, measure, regenerate
+from elign_lab.molecules import MoleculeBatch
+from elign_lab.oracles import load_oracle
+from elign_lab.painn import PaiNNConfig
+from elign_lab.widgets import MoleculeEditor, MoleculeViewer
+from elign_lab.widgets.panels import editor as panels
+
+CONFIG = GPFFConfig(network=PaiNNConfig(features=8, vectors=4, channels=4, layers=1, basis=4))
+
+
+def canonical(smiles: str) -> str:
+    return Chem.MolToSmiles(Chem.MolFromSmiles(smiles), isomericSmiles=False)
+
+
+def opened(smiles: str, *picked: int) -> editing.EditorState:
+    return editing.pick_only(editing.open_molecule(smiles, CONFIG), picked)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> PseudoForceField:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return PseudoForceField(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return load_oracle("learned")
+
+
+# ---------------------------------------------------------------------- bonds
+@pytest.mark.parametrize("smiles", ["CCO", "c1ccccc1O", "CC(=O)N", "C#CC=O", "FC(F)F", "O=C=O", "C1CC1N"])
+def test_bonds_are_read_from_the_geometry(smiles):
+    state = editing.open_molecule(smiles, CONFIG)
+    assert state.structure.smiles == canonical(smiles)
+    again = editing.open_molecule(state.structure.molecule, CONFIG)
+    assert again.structure.smiles == canonical(smiles)
+    assert torch.equal(again.structure.molecule.positions, state.structure.molecule.positions)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "message"),
+    [
+        ("CS", "has S"),
+        ("C" * 13, "41 atoms, over the model's limit of 40"),
+        ("[NH4+]", "not one neutral molecule"),
+        ("C.C", "not one neutral molecule"),
+        ("nonsense", "not a valid SMILES"),
+    ],
+)
+def test_what_cannot_be_opened(smiles, message):
+    with pytest.raises(ValueError, match=message):
+        editing.open_molecule(smiles, CONFIG)
+
+
+def test_a_distorted_molecule_and_an_empty_batch_are_refused():
+    ethanol = MoleculeBatch.from_smiles("CCO")
+    with pytest.raises(ValueError, match="relax it first"):
+        editing.open_molecule(ethanol.with_positions(3 * ethanol.positions), CONFIG)
+    with pytest.raises(ValueError, match="empty"):
+        editing.open_molecule(ethanol[:0], CONFIG)
+
+
+# ---------------------------------------------------------------------- edits: what becomes of the molecule
+@pytest.mark.parametrize(
+    ("smiles", "picked", "edit", "argument", "result"),
+    [
+        ("CCO", [0], editing.add_group, "methyl", "CCCO"),
+        ("CCO", [3], editing.add_group, "amino", "NCCO"),  # a hydrogen of atom 0
+        ("c1ccccc1", [2], editing.add_group, "carboxyl", "OC(=O)c1ccccc1"),
+        ("CC", [1], editing.add_group, "*C(C)(C)C", "CCC(C)(C)C"),
+        ("CCO", [2], editing.swap_group, "phenyl", "CCc1ccccc1"),
+        ("CC(=O)OC", [3, 4], editing.swap_group, "amino", "CC(N)=O"),
+        ("CCO", [0], editing.swap_group, "fluoro", "OCF"),
+        ("CCO", [3], editing.swap_group, "cyano", "N#CCCO"),
+        ("c1ccccc1", [0], editing.replace_element, "N", "c1ccncc1"),
+        ("CCO", [2], editing.replace_element, "N", "CCN"),
+        ("CCO", [0], editing.replace_element, "F", "OCF"),
+        ("CCO", [3], editing.replace_element, "C", "CCCO"),
+        ("CN", [1], editing.replace_element, "C", "CC"),
+        ("CCO", [0], editing.replace_element, "H", "CO"),
+        ("C=O", [1], editing.replace_element, "C", "C=C"),
+    ],
+)
+def test_edits(smiles, picked, edit, argument, result):
+    before = opened(smiles, *picked)
+    after = edit(before, argument)
+    assert after.structure.smiles == canonical(result)
+    assert not any(atom.GetNumRadicalElectrons() for atom in after.structure.mol.GetAtoms())
+    _check_what_was_kept(before, after)
+    assert before.structure.smiles == canonical(smiles)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "picked", "result"),
+    [
+        ("CCO", [0], "CO"),
+        ("CCO", [3, 6], "C=CO"),  # a hydrogen of each carbon: a double bond
+        ("CCO", [6, 8], "CC=O"),
+        ("C=C", [2, 4], "C#C"),
+        ("c1ccccc1", [0], "C=CC=CC"),  # the ring opens
+        ("CC(=O)O", [0], "OC=O"),
+    ],
+)
+def test_deleting(smiles, picked, result):
+    before = opened(smiles, *picked)
+    after = editing.delete(before)
+    assert after.structure.smiles == canonical(result)
+    _check_what_was_kept(before, after)
+
+
+def _check_what_was_kept(before: editing.EditorState, after: editing.EditorState) -> None:
+    """Kept atoms are where they were to the last bit, new ones are picked and do not sit on others."""
+    was = bonds.origins(after.structure.mol)
+    old, new = before.structure.molecule.positions[0], after.structure.molecule.positions[0]
+    kept = [k for k, i in enumerate(was) if i is not None]
+    assert kept
+    assert torch.equal(new[kept], old[[was[k] for k in kept]])
+    assert after.structure.picked == {k for k, i in enumerate(was) if i is None}
+    assert float(torch.pdist(new).min()) > 0.4
+    assert after.past == (before.structure,)
+
+
+@pytest.mark.parametrize("group", bonds.GROUPS)
+@pytest.mark.parametrize("smiles", ["CC", "c1ccccc1"])
+def test_the_first_guess_of_a_group_has_the_bonds_that_were_asked_for(smiles, group):
+    after = editing.add_group(opened(smiles, 0), group).structure
+    found = bonds.perceive(*after.molecule.arrays()[0])
+    assert found is not None
+    assert Chem.MolToSmiles(Chem.RemoveHs(found), isomericSmiles=False) == after.smiles
+
+
+@pytest.mark.parametrize(
+    ("smiles", "picked", "edit", "message"),
+    [
+        ("CCO", [], editing.delete, "no atom is picked"),
+        ("CCO", range(9), editing.delete, "would leave no molecule"),
+        ("CCO", [1], editing.delete, "2 pieces, CH4 and H2O"),
+        ("CCO", [3], editing.delete, "without the hydrogen C 0 has an open valence"),
+        ("CCO", [0, 1], lambda s: editing.replace_element(s, "N"), "2 atoms are picked"),
+        ("CCO", [1], lambda s: editing.replace_element(s, "F"), "total order 2 .* and F can have 1"),
+        ("CCO", [0], lambda s: editing.replace_element(s, "S"), "not trained on"),
+        ("CCO", [0], lambda s: editing.replace_element(s, "Xx"), "unknown element"),
+        ("CCO", [0], lambda s: editing.replace_element(s, "C"), "is C already"),
+        ("FC(F)(F)F", [1], lambda s: editing.add_group(s, "methyl"), "no hydrogen to replace"),
+        ("CCO", [0], lambda s: editing.add_group(s, "no group"), "neither a group"),
+        ("CCO", [0], lambda s: editing.add_group(s, "CC"), "0 attachment points"),
+        ("CCO", [0], lambda s: editing.add_group(s, "*=O"), "a single bond"),
+        ("CCO", [0], lambda s: editing.add_group(s, "*[N+](=O)[O-]"), "charge or an open valence"),
+        ("CCO", [0], lambda s: editing.add_group(s, "*CCCCCCCCCCCC"), "over the model's limit of 40"),
+        ("CCO", [1], lambda s: editing.swap_group(s, "methyl"), "total order 2"),
+        ("CC=O", [2], lambda s: editing.swap_group(s, "methyl"), "total order 2"),
+        ("CCO", range(9), lambda s: editing.swap_group(s, "methyl"), "whole molecule"),
+        ("CCO", range(9), editing.freeze, "nothing left to generate"),
+        ("CCO", [], editing.freeze, "no atom is picked"),
+        ("CCO", [], editing.freeze_rest, "no atom is picked"),
+        ("CCO", [], editing.undo, "nothing to undo"),
+        ("CCO", [], editing.redo, "nothing to redo"),
+        ("CCO", [], lambda s: editing.pick(s, 9), "no atom 9"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(smiles, picked, edit, message):
+    state = opened(smiles, *picked)
+    positions = state.structure.molecule.positions
+    with pytest.raises(ValueError, match=message):
+        edit(state)
+    assert state.structure.smiles == canonical(smiles)
+    assert torch.equal(state.structure.molecule.positions, positions)
+
+
+# ---------------------------------------------------------------------- picks, frozen atoms, history
+def test_picks_are_toggled_and_are_no_history():
+    state = editing.pick(editing.pick(opened("CCO"), 2), 0)
+    assert state.structure.picked == {0, 2}
+    assert editing.pick(state, 2).structure.picked == {0}
+    assert editing.pick(state, None).structure.picked == frozenset()
+    assert state.past == ()
+
+
+def test_frozen_atoms_keep_their_mark_through_edits():
+    state = editing.freeze(opened("CCO", 0, 2))
+    assert state.structure.frozen == {0, 2}
+    shorter = editing.delete(editing.pick_only(state, [0]))  # atoms 1 and 2 become 0 and 1
+    assert shorter.structure.frozen == {1}
+    assert shorter.structure.mol.GetAtomWithIdx(1).GetSymbol() == "O"
+    replaced = editing.replace_element(editing.pick_only(state, [2]), "N")
+    assert replaced.structure.frozen == {0}  # the new atom is free
+    rest = editing.freeze_rest(editing.pick_only(state, [1, 2]))
+    assert rest.structure.frozen == frozenset(range(9)) - {1, 2}
+    assert editing.free(editing.pick_only(rest, [0])).structure.frozen == frozenset(range(9)) - {0, 1, 2}
+    assert editing.free(editing.pick_only(rest, [])).structure.frozen == frozenset()
+
+
+def test_undo_and_redo():
+    first = opened("CC", 0)
+    second = editing.add_group(first, "hydroxyl")
+    third = editing.delete(editing.pick_only(second, [1]))
+    back = editing.undo(editing.undo(third))
+    assert [s.smiles for s in (third.structure, back.structure)] == ["CO", "CC"]
+    forward = editing.redo(editing.redo(back))
+    assert forward.structure is third.structure
+    branch = editing.add_group(editing.pick_only(back, [0]), "fluoro")
+    assert branch.future == ()
+    with pytest.raises(ValueError, match="nothing to redo"):
+        editing.redo(branch)
+
+
+def test_sdf_has_the_bonds_of_the_editor():
+    state = editing.add_group(opened("c1ccccc1", 0), "cyano")
+    text = editing.to_sdf(state)
+    mol = Chem.MolFromMolBlock(text, removeHs=False)
+    assert Chem.MolToSmiles(Chem.RemoveHs(mol)) == canonical("N#Cc1ccccc1")
+    assert np.allclose(mol.GetConformer().GetPositions(), state.structure.molecule.positions[0], atol=1e-4)
+    assert torch.equal(MoleculeBatch.from_sdf(text).numbers, state.structure.molecule.numbers)
+
+
+# ---------------------------------------------------------------------- runs
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_frozen_atoms_stay_to_the_last_bit(untrained, sampler):
+    state = editing.freeze_rest(editing.add_group(opened("CC", 0), "methoxy"))
+    settings = RunSettings(sampler, evaluations=6, sigma=0.5, seed=3)
+    records = list(regenerate(untrained, state.structure, settings))
+    assert records[-1].s == -1
+    assert records[-1].evaluations <= 6
+    after = accept(state, records[-1].molecules())
+    kept, free = sorted(state.structure.frozen), sorted(state.structure.picked)
+    old, new = state.structure.molecule.positions[0], after.structure.molecule.positions[0]
+    assert torch.equal(old[kept], new[kept])
+    assert not torch.isclose(old[free], new[free]).all(-1).any()
+    assert after.structure.frozen == state.structure.frozen
+    again = list(regenerate(untrained, state.structure, settings))[-1].z_s
+    assert torch.equal(again, records[-1].z_s)
+
+
+def test_results_that_are_not_molecules(untrained):
+    state = opened("CCO", 0)
+    molecule = state.structure.molecule
+    flown = accept(state, molecule.with_positions(4 * molecule.positions))
+    assert flown.structure.smiles == "CCO"  # the bonds that were asked for stay
+    assert torch.equal(flown.structure.molecule.positions, 4 * molecule.positions)
+    assert flown.structure.picked == {0}
+    with pytest.raises(ValueError, match="diverged"):
+        accept(state, molecule.with_positions(molecule.positions * math.nan))
+    with pytest.raises(ValueError, match="other atoms"):
+        accept(state, MoleculeBatch.from_smiles("CCN"))
+    ether = MoleculeBatch.from_smiles("COC")[[0]]
+    order = [0, 2, 1, *range(3, 9)]  # C C O H6, as in ethanol
+    isomer = MoleculeBatch(ether.numbers[:, order], ether.positions[:, order], ether.mask)
+    assert accept(state, isomer).structure.smiles == "COC"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "euler"}, "unknown sampler"),
+        ({"evaluations": 0}, "at least 1"),
+        ({"sigma": -0.1}, "0 or more"),
+        ({"sampler": "heun", "sigma": 0.0}, "must be over 0.02"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunSettings(**options)
+
+
+def test_a_run_that_cannot_be(untrained):
+    state = opened("CCO")
+    with pytest.raises(ValueError, match="over the model's range"):
+        regenerate(untrained, state.structure, RunSettings(sigma=50.0))
+    everything = editing.Structure(state.structure.mol, frozen=frozenset(range(9)))
+    with pytest.raises(ValueError, match="all 9 atoms are frozen"):
+        regenerate(untrained, everything, RunSettings())
+
+
+def test_measures(untrained, oracle):
+    ethanol = opened("CCO").structure.molecule
+    found = measure(untrained, oracle, ethanol)
+    assert found.smiles == "CCO"
+    assert found.status == "ok"
+    torn = ethanol.with_positions(ethanol.positions * torch.tensor([1.2, 1.0, 1.0]))
+    assert measure(untrained, oracle, torn).f_rms > 3 * found.f_rms
+    assert measure(untrained, oracle, torn).energy > found.energy
+    with torch.no_grad():
+        force = untrained(ethanol.numbers, ethanol.positions, ethanol.mask)
+    assert found.sigma_hat == pytest.approx(float(force.norm()) / 2 / math.sqrt(24), rel=1e-4)
+    gone = ethanol.with_positions(torch.zeros_like(ethanol.positions))
+    assert math.isnan(measure(untrained, oracle, gone).energy)
+    assert measure(untrained, oracle, gone).smiles is None
+
+
+def test_latency_is_measured_for_each_number_of_evaluations(untrained):
+    found = latency(untrained, "CO", evaluations=(2, 3), repeats=2)
+    assert list(found) == [2, 3]
+    assert all(0 < seconds < 60 for seconds in found.values())
+
+
+@pytest.mark.skipif(not (ASSETS / "gpff-mini.safetensors").is_file(), reason="gpff-mini is not bundled yet")
+def test_a_trained_field_makes_the_group_that_was_asked_for():
+    model = load_force_field()
+    state = editing.freeze_rest(editing.add_group(opened("c1ccccc1", 0), "methoxy"))
+    made = [
+        accept(state, list(regenerate(model, state.structure, RunSettings(seed=seed)))[-1].molecules())
+        for seed in range(5)
+    ]
+    numbers_and_positions = [s.structure.molecule.arrays()[0] for s in made]
+    good = [bonds.perceive(*pair) is not None for pair in numbers_and_positions]
+    asked = [s.structure.smiles == state.structure.smiles for s in made]
+    assert sum(g and a for g, a in zip(good, asked, strict=True)) >= 3
+
+
+# ---------------------------------------------------------------------- what the panel shows
+@pytest.mark.parametrize(("text", "atoms"), [("", set()), ("0, 3 7", {0, 3, 7}), (" 2 ", {2})])
+def test_atoms_are_read(text, atoms):
+    assert panels.read_atoms(text) == atoms
+
+
+@pytest.mark.parametrize("text", ["a", "1, -2", "1.5"])
+def test_atoms_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="expected indices"):
+        panels.read_atoms(text)
+
+
+def test_the_drawing_shows_picked_and_frozen_atoms():
+    namespace = "{http://www.w3.org/2000/svg}"
+
+    def circles(state: editing.EditorState) -> list[str]:
+        drawing = panels.depiction(state.structure)
+        svg = drawing[drawing.index("<svg") : drawing.index("</svg>") + 6]
+        found = ElementTree.fromstring(svg).iter(f"{namespace}ellipse")
+        return [ellipse.get("style") for ellipse in found]
+
+    def count(state: editing.EditorState, color: str) -> int:
+        return sum(color.upper() in style.upper() for style in circles(state))
+
+    plain = opened("CCO")
+    assert circles(plain) == []
+    frozen = editing.freeze(editing.pick_only(plain, [0, 1]))
+    some = editing.pick_only(frozen, [1, 8])  # 8 is a hydrogen: drawn because it is picked
+    assert (count(some, panels.FROZEN), count(some, panels.PICKED)) == (1, 2)
+    assert "2 atoms picked, 2 frozen" in panels.depiction(some.structure)
+    assert "currentColor" in panels.depiction(plain.structure)
+
+
+def test_the_verdict_names_another_molecule():
+    good = Measures(-5.0, 0.5, "ok", 0.01, "CCO")
+    assert "another molecule" not in panels.measures_html(good, "CCO")
+    assert "another molecule than COC" in panels.measures_html(good, "COC")
+    bad = panels.measures_html(Measures(math.nan, math.nan, "atoms too close", 0.4, None), "CCO")
+    assert "not valid" in bad
+    assert "atoms too close" in bad
+
+
+# ---------------------------------------------------------------------- the viewer's part
+def test_clicks_reach_python_and_their_errors_are_seen():
+    viewer = MoleculeViewer(MoleculeBatch.from_smiles("CO"))
+    clicked: list[int | None] = []
+    viewer.on_pick(clicked.append)
+    for atom in (1, 1, None):
+        viewer._on_message(viewer, {"kind": "pick", "atom": atom}, [])
+    assert clicked == [1, 1, None]
+    viewer.on_pick(lambda atom: 1 / 0)
+    viewer._on_message(viewer, {"kind": "pick", "atom": 0}, [])
+    assert "ZeroDivisionError" in viewer.last_error
+
+
+# ---------------------------------------------------------------------- the panel
+@pytest.fixture
+def editor(untrained, oracle) -> MoleculeEditor:
+    return MoleculeEditor(untrained, oracle, "CCO", settings=RunSettings(evaluations=4))
+
+
+def press(editor: MoleculeEditor, name: str) -> None:
+    editor.buttons[name].click()
+
+
+def test_buttons_edit_and_the_views_follow(editor):
+    editor.atoms.value = "2"
+    assert editor.viewer.marks[panels.PICKED] == [2]
+    press(editor, "Delete")
+    assert editor.state.structure.smiles == "CC"
+    assert editor.viewer.molecules()[0].formula(0) == "C2H6"
+    assert "delete: CCO → CC" in editor.summary_html()
+    editor.atoms.value, editor.group.value = "0", "hydroxyl"
+    press(editor, "Add")
+    assert editor.state.structure.smiles == "CCO"
+    editor.group.value = "fluoro"
+    press(editor, "Swap")
+    assert editor.state.structure.smiles == "CCF"
+    editor.atoms.value, editor.element.value = "1", "N"
+    press(editor, "Replace")
+    assert editor.state.structure.smiles == "NCF"
+    press(editor, "Freeze rest")
+    assert editor.viewer.marks[panels.FROZEN] == sorted(editor.state.structure.frozen)
+    editor.atoms.value = ""
+    press(editor, "Free")
+    assert not editor.state.structure.frozen
+    press(editor, "Undo")
+    assert editor.state.structure.frozen
+    press(editor, "Redo")
+    assert not editor.state.structure.frozen
+    editor.atoms.value = "1"
+    press(editor, "Freeze")
+    assert editor.state.structure.frozen == {1}
+    editor.smiles.value = "C1CC1"
+    assert editor.state.structure.smiles == "C1CC1"
+    press(editor, "Undo")
+    assert editor.state.structure.smiles == "NCF"
+    assert editor.last_error == ""
+
+
+def test_clicks_pick_and_put_back(editor):
+    for atom, picked in ((1, {1}), (0, {0, 1}), (1, {0}), (None, set())):
+        editor.viewer._on_message(editor.viewer, {"kind": "pick", "atom": atom}, [])
+        assert editor.state.structure.picked == picked
+        assert panels.read_atoms(editor.atoms.value) == picked
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda e: press(e, "Delete"), "no atom is picked"),
+        (lambda e: press(e, "Redo"), "nothing to redo"),
+        (lambda e: setattr(e.smiles, "value", "C(("), "not a valid SMILES"),
+        (lambda e: setattr(e.atoms, "value", "99"), "no atom 99"),
+        (lambda e: setattr(e.controls["sigma"], "value", 0.0), "must be over 0.02"),
+    ],
+)
+def test_the_panel_shows_why_and_keeps_the_structure(editor, action, message):
+    editor.set(sampler="ancestral")
+    state, settings = editor.state, editor.settings
+    action(editor)
+    assert message in editor.last_error
+    assert editor.state.structure.mol is state.structure.mol
+    assert editor.settings == settings
+    assert editor.controls["sigma"].value == settings.sigma
+    assert editor.atoms.value == ""
+
+
+def test_python_callers_get_the_exception(editor):
+    with pytest.raises(ValueError, match="no atom is picked"):
+        editor.delete()
+    with pytest.raises(ValueError, match="unknown setting steps"):
+        editor.set(steps=4)
+    with pytest.raises(ValueError, match=r"sigma is 0\.3, expected one of"):
+        editor.set(sigma=0.3)
+
+
+def test_a_run_in_the_panel(editor, tmp_path):
+    editor.set(sampler="heun", evaluations=8, sigma=1.0, seed=5)
+    assert editor.controls["evaluations"].value == 8
+    editor.pick_only([2, 8])
+    editor.freeze_rest()
+    before = editor.state.structure
+    editor.start().wait(120)
+    after = editor.state.structure
+    kept = sorted(before.frozen)
+    assert torch.equal(before.molecule.positions[0, kept], after.molecule.positions[0, kept])
+    assert not torch.equal(before.molecule.positions, after.molecule.positions)
+    assert editor.viewer.n_frames == 5  # the start with noise, and four steps of two evaluations
+    assert torch.equal(editor.viewer.molecules()[0].positions, after.molecule.positions)
+    assert "NFE 7, " in editor.summary_html()
+    editor.undo()
+    assert editor.state.structure is before
+    path = tmp_path / "molecule.sdf"
+    assert editor.to_sdf(path) == path.read_text()
+
+
+def test_at_once_every_change_regenerates(editor):
+    editor.at_once.value = True
+    editor.pick_only([0])
+    editor.add("methyl")
+    editor.live.wait(120)
+    assert [s.label for s in editor.state.past] == ["open", "add methyl"]
+    assert editor.state.structure.label == "regenerate"
+    editor.controls["seed"].value = 1
+    editor.live.wait(120)
+    assert [s.label for s in editor.state.past] == ["open", "add methyl", "regenerate"]
+
+
+def test_nothing_is_edited_during_a_run(editor, monkeypatch):
+    go_on = threading.Event()
+
+    def held(*arguments):
+        assert go_on.wait(120)
+        yield from regenerate(*arguments)
+
+    monkeypatch.setattr(panels, "regenerate", held)
+    structure = editor.state.structure
+    editor.start()
+    try:
+        with pytest.raises(ValueError, match="is being made"):
+            editor.pick(0)
+        with pytest.raises(ValueError, match="is being made"):
+            editor.open_molecule("C")
+        press(editor, "Undo")
+        assert "is being made" in editor.last_error
+        assert editor.buttons["Delete"].disabled
+        assert editor.state.structure is structure
+    finally:
+        go_on.set()
+        editor.live.wait(120)
+    assert not editor.buttons["Delete"].disabled
+    assert editor.state.structure.label == "regenerate"
+
+
+def test_a_run_that_diverges_leaves_the_structure(editor, monkeypatch):
+    def broken(model, structure, settings):
+        for record in regenerate(model, structure, settings):
+            record.z_s.fill_(math.nan)
+            yield record
+
+    monkeypatch.setattr(panels, "regenerate", broken)
+    state = editor.state
+    editor.start()
+    with pytest.raises(ValueError, match="diverged"):
+        editor.live.wait(120)
+    assert editor.state is state
+    assert "diverged" in editor.live.last_error
+
+
+def test_pages_without_widgets_show_the_drawing(editor):
+    page = editor._repr_mimebundle_()
+    data = page[0] if isinstance(page, tuple) else page
+    assert "<svg" in data["text/html"]
+    assert "E_f (eV/atom)" in data["text/html"]
+    assert repr(editor) == "MoleculeEditor('CCO', 9 atoms, 0 frozen, 0 picked)"
