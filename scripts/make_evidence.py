@@ -1,22 +1,21 @@
-"""Make the bundled evidence: samples of two models, same seeds, judged by several oracles, DFT last.
+"""Make the bundled evidence: samples of two models, same seeds, judged by several oracles, DFT among them.
 
 python scripts/make_evidence.py --n 128 [--ani-weights DIR] [--workers 2]
-
 """
 
 import argparse
+import itertools
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from elign_lab import load_model, load_oracle, sample
+from elign_lab import load_model, load_oracle
 from elign_lab.checkpoints import ASSETS, read_passport, write_passport
-from elign_lab.evaluation.evidence import EVIDENCE, Evidence
-from elign_lab.evaluation.physics import physics
+from elign_lab.evaluation.evidence import EVIDENCE, collect
 
 PACKAGES = ("torch", "numpy", "tblite", "pyscf", "torchani")
 
@@ -38,32 +37,12 @@ def main() -> None:
         "ani": {"weights": arguments.ani_weights} if arguments.ani_weights else {},
         "dft": {"cache": arguments.cache, "workers": arguments.workers},
     }
-    batches = [
-        sample(
-            load_model(name),
-            arguments.n,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            batch_size=arguments.n,
-            progress=True,
-        )
-        for name in arguments.models
-    ]
-    results = []
-    for name in arguments.oracles:
-        with torch.random.fork_rng():
-            oracle = load_oracle(name, **options.get(name, {}))
-            results.append([physics(batch.to(dtype=torch.float64), oracle) for batch in batches])
-            print(f"{name}: {[int(r.failures) for r in results[-1]]} failures", file=sys.stderr)
-            oracle.close()
-    evidence = Evidence(
-        tuple(arguments.models),
-        tuple(arguments.oracles),
-        tuple(batches),
-        np.stack([[r.energy_per_atom.numpy() for r in row] for row in results], 1),
-        np.stack([[r.f_rms.numpy() for r in row] for row in results], 1),
-        np.array([[r.status for r in row] for row in results]).swapaxes(0, 1),
-    )
+    with ExitStack() as stack, torch.random.fork_rng():
+        oracles = {name: stack.enter_context(load_oracle(name, **options.get(name, {}))) for name in arguments.oracles}
+        models = {name: load_model(name) for name in arguments.models}
+        evidence = collect(models, oracles, arguments.n, steps=arguments.steps, seed=arguments.seed)
+    for model, oracle in itertools.product(arguments.models, arguments.oracles):
+        print(f"{oracle} of {model}: {evidence.failures(model, oracle)} failures", file=sys.stderr)
     evidence.save(arguments.out)
     command = f"python scripts/make_evidence.py --n {arguments.n} --seed {arguments.seed}"
     write_passport(

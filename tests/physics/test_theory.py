@@ -16,6 +16,7 @@ from elign_lab.checkpoints import load_model
 from elign_lab.datasets import load_dataset
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
+from elign_lab.teaching.explore import explore
 from elign_lab.theory import (
     STATEMENTS,
     Check,
@@ -30,7 +31,6 @@ from elign_lab.theory import (
 )
 from elign_lab.theory.alchemical import alchemical_cosines, trained_time
 from elign_lab.theory.check import mean_check
-from elign_lab.theory.explore import explore
 from elign_lab.theory.mixture import GaussianMixture
 from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import perturbed, small_denoiser, subspace_basis

@@ -1,4 +1,4 @@
-"""Sliders over the pure figure functions of the theory notebooks."""
+"""Sliders over the pure figure functions of the notebooks."""
 
 from __future__ import annotations
 
