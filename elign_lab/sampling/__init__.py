@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,23 +12,26 @@ from tqdm.auto import tqdm
 
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.sampling.ancestral import ancestral
+from elign_lab.sampling.ancestral import ancestral, noise_stream
 from elign_lab.sampling.dpm_solver import dpm_solver
 from elign_lab.sampling.record import StepRecord, Trajectory, decode_record
 
 Sampler = Callable[..., Iterator[StepRecord]]
 
 SAMPLERS: dict[str, Sampler] = {"ancestral": ancestral, "dpm_solver": dpm_solver}
+DETERMINISTIC = ("dpm_solver",)
 
 __all__ = [
     "SAMPLERS",
     "StepRecord",
     "Trajectory",
     "ancestral",
+    "check_temperature",
     "decode_record",
     "dpm_solver",
     "get_sampler",
     "mask_of_sizes",
+    "noise_stream",
     "sample",
 ]
 
@@ -40,6 +44,7 @@ def sample(
     steps: int | None = None,
     seed: int = 0,
     sampler: str = "ancestral",
+    temperature: float = 1.0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> MoleculeBatch:
@@ -47,12 +52,14 @@ def sample(
 
     sizes: number of atoms of each (default: drawn from the model's training histogram); steps: T, or fewer on the same
     grid; seed: the same seed, n, sizes and batch_size give the same molecules on the same machine, and the same noise
-    for another model. Molecules of near-equal size are sampled together. When interrupted (Ctrl-C) it returns the
+    for another model. temperature: factor on the noise of the steps, see `noise_stream`; for a sampler that has noise.
+    Molecules of near-equal size are sampled together. When interrupted (Ctrl-C) it returns the
     molecules of the finished batches with a warning, and raises only if there are none.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     run = get_sampler(sampler)
+    check_temperature(temperature, sampler)
     generator = torch.Generator().manual_seed(seed)
     sizes = model.sample_sizes(n, generator) if sizes is None else torch.as_tensor(sizes, dtype=torch.long)
     _check_sizes(model, sizes, n)
@@ -64,7 +71,8 @@ def sample(
         try:
             for chunk in order.split(batch_size):
                 mask = mask_of_sizes(sizes[chunk]).to(model.device)
-                for last in run(model, mask, steps=steps, generator=device_generator):  # noqa: B007 (used below)
+                noise = noise_stream(model, mask, device_generator, temperature)
+                for last in run(model, mask, steps=steps, noise=noise):  # noqa: B007 (used below)
                     bar.update()
                 done.append(decode_record(model, last).to("cpu"))
         except KeyboardInterrupt:
@@ -80,6 +88,14 @@ def get_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(sorted(SAMPLERS))}")
     return SAMPLERS[name]
+
+
+def check_temperature(temperature: float, sampler: str) -> None:
+    """Raise ValueError for a temperature under 0, and for one other than 1 with a sampler that has no noise."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected 0 or more; 1 samples the model")
+    if temperature != 1 and sampler in DETERMINISTIC:
+        raise ValueError(f"{sampler} has no noise for a temperature of {temperature} to scale: use 'ancestral', or 1")
 
 
 def mask_of_sizes(sizes: Tensor | Sequence[int]) -> Tensor:

@@ -37,7 +37,7 @@ def ancestral(
     """
     times = list(grid) if grid is not None else model.schedule.grid(steps)
     layout = Layout(mask)
-    draw = noise if noise is not None else iter(lambda: model.noise(mask, generator), None)
+    draw = noise_stream(model, mask, generator) if noise is None else noise
     z = next(draw) if z is None else z
     evaluations = 0
     for t, s in itertools.pairwise(times):
@@ -48,6 +48,18 @@ def ancestral(
         z = record.z_s
     if decode:
         yield decoding_step(model, z, times[-1], mask, next(draw), context, layout, evaluations + 1)
+
+
+def noise_stream(
+    model: Denoiser, mask: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
+) -> Iterator[Tensor]:
+    """Random states (B, N, 3 + F) without end: z_T, then one a step, these multiplied by `temperature`.
+
+    Under 1 the chain ends nearer to the modes of the model's law, over 1 it spreads; only 1 samples the model itself.
+    """
+    yield model.noise(mask, generator)
+    while True:
+        yield temperature * model.noise(mask, generator)
 
 
 def _step(

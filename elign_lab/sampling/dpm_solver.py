@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elign_lab.denoiser import Denoiser, Layout
 from elign_lab.molecules import zero_com
-from elign_lab.sampling.ancestral import decoding_step
+from elign_lab.sampling.ancestral import decoding_step, noise_stream
 from elign_lab.sampling.record import StepRecord
 
 
@@ -39,7 +39,7 @@ def dpm_solver(
     """
     times = list(grid) if grid is not None else model.schedule.grid(steps)
     layout = Layout(mask)
-    draw = noise if noise is not None else iter(lambda: model.noise(mask, generator), None)
+    draw = noise_stream(model, mask, generator) if noise is None else noise
     z = next(draw) if z is None else z
     quiet = torch.zeros_like(z)
     previous: tuple[Tensor, float] | None = None

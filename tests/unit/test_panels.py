@@ -222,7 +222,11 @@ def test_sampling_panel_gives_the_molecules_of_sample(model):
     assert panel.live.n_done == 7
     assert panel.summary_html() == sampling.molecule_cards(expected)
 
-    panel.set(sampler="dpm_solver", sizes="9", n=2)
+    panel.set(temperature=0.5, n=2)
+    panel.start().wait(60)
+    assert torch.equal(panel.molecules.positions, sample(model, 2, steps=6, seed=3, temperature=0.5).positions)
+
+    panel.set(sampler="dpm_solver", sizes="9", temperature=1.0)
     panel.start().wait(60)
     expected = sample(model, 2, sizes=[9, 9], steps=6, seed=3, sampler="dpm_solver")
     assert torch.equal(panel.molecules.positions, expected.positions)
@@ -246,7 +250,8 @@ def test_sampling_panel_keeps_its_settings_when_the_input_is_bad(model):
         ({"model": "other"}, "unknown model 'other'"),
         ({"n": 50, "sizes": ""}, "n is 50, expected 1 to 12"),
         ({"steps": 10**6}, "steps"),
-        ({"temperature": 2}, "unknown setting temperature"),
+        ({"heat": 2}, "unknown setting heat"),
+        ({"temperature": 0.5, "sampler": "dpm_solver"}, "has no noise"),
     ):
         with pytest.raises(ValueError, match=message):
             panel.set(**values)

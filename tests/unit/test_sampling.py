@@ -10,7 +10,7 @@ import torch
 import elign_lab.sampling as sampling
 from elign_lab.checkpoints import from_edm_state
 from elign_lab.denoiser import Denoiser, DenoiserConfig
-from elign_lab.sampling import StepRecord, Trajectory, ancestral, decode_record, mask_of_sizes, sample
+from elign_lab.sampling import StepRecord, Trajectory, ancestral, decode_record, mask_of_sizes, noise_stream, sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -46,6 +46,7 @@ def test_golden_chain_of_1000_steps(trained):
 
 def test_records_obey_the_kernel(trained):
     _, model = trained
+    _, trained = trained
     mask = mask_of_sizes([5, 9])
     records = list(ancestral(model, mask, steps=10, generator=torch.Generator().manual_seed(0)))
     assert [r.t for r in records] == [*model.schedule.grid(10)[:-1], 0]
@@ -69,6 +70,22 @@ def test_seeds(trained):
     assert torch.equal(a.positions, b.positions)
     assert torch.equal(a.numbers, b.numbers)
     assert not torch.equal(a.sizes, c.sizes) or not torch.equal(a.positions, c.positions)
+
+
+def test_temperature_scales_the_noise_of_the_steps_and_not_the_start(trained):
+    _, trained = trained
+    mask = mask_of_sizes([5, 9])
+    one, half = (noise_stream(trained, mask, torch.Generator().manual_seed(3), t) for t in (1.0, 0.5))
+    torch.testing.assert_close(next(one), next(half), rtol=0, atol=0)
+    for _ in range(3):
+        torch.testing.assert_close(0.5 * next(one), next(half), rtol=0, atol=0)
+    cold, usual = (sample(trained, 2, sizes=[5, 9], steps=5, temperature=t) for t in (0.0, 1.0))
+    assert not torch.equal(cold.positions, usual.positions)
+    assert torch.equal(usual.positions, sample(trained, 2, sizes=[5, 9], steps=5).positions)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        sample(trained, 1, steps=2, temperature=-1)
+    with pytest.raises(ValueError, match="dpm_solver has no noise"):
+        sample(trained, 1, steps=2, temperature=0.5, sampler="dpm_solver")
 
 
 def test_results_come_in_the_order_of_the_sizes(trained):

@@ -13,7 +13,15 @@ from torch import Tensor
 from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import smiles, stability
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.sampling import SAMPLERS, StepRecord, decode_record, get_sampler, mask_of_sizes
+from elign_lab.sampling import (
+    SAMPLERS,
+    StepRecord,
+    check_temperature,
+    decode_record,
+    get_sampler,
+    mask_of_sizes,
+    noise_stream,
+)
 from elign_lab.widgets.live import Live
 from elign_lab.widgets.panels.base import Panel, badge, escape, figures_row
 from elign_lab.widgets.viewer import MoleculeViewer
@@ -24,7 +32,7 @@ MAX_SHOWN = 12
 # ---------------------------------------------------------------------- pure functions
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What one run of the panel does: a model by name, n molecules, their sizes (None: drawn), steps, seed, sampler."""
+    """What one run of the panel does: a model by name, n molecules, their sizes (None: drawn), steps, and so on."""
 
     model: str
     n: int
@@ -32,6 +40,7 @@ class SamplingSettings:
     steps: int
     seed: int
     sampler: str
+    temperature: float = 1.0
 
 
 def read_sizes(text: str, n: int) -> tuple[int, ...] | None:
@@ -52,6 +61,7 @@ def check_settings(settings: SamplingSettings, model: Denoiser) -> None:
     if not 1 <= settings.n <= MAX_SHOWN:
         raise ValueError(f"n is {settings.n}, expected 1 to {MAX_SHOWN} molecules; `elign_lab.sample` makes more")
     get_sampler(settings.sampler)
+    check_temperature(settings.temperature, settings.sampler)
     model.schedule.grid(settings.steps)  # checks the number of steps
     limit = model.config.max_atoms
     if settings.sizes is not None and limit is not None and max(settings.sizes) > limit:
@@ -68,8 +78,9 @@ def sampling_run(model: Denoiser, settings: SamplingSettings) -> tuple[Tensor, I
     drawn = model.sample_sizes(settings.n, generator) if settings.sizes is None else torch.tensor(settings.sizes)
     order = torch.argsort(drawn, stable=True)
     mask = mask_of_sizes(drawn[order]).to(model.device)
-    noise = torch.Generator(model.device).manual_seed(settings.seed)
-    return order, get_sampler(settings.sampler)(model, mask, steps=settings.steps, generator=noise)
+    draws = torch.Generator(model.device).manual_seed(settings.seed)
+    noise = noise_stream(model, mask, draws, settings.temperature)
+    return order, get_sampler(settings.sampler)(model, mask, steps=settings.steps, noise=noise)
 
 
 def molecule_cards(molecules: MoleculeBatch) -> str:
@@ -126,6 +137,9 @@ class SamplingPanel(Panel):
             "steps": ipywidgets.BoundedIntText(value=steps, min=1, max=10_000, description="steps", **wide),
             "seed": ipywidgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="seed", **wide),
             "sampler": ipywidgets.Dropdown(options=list(SAMPLERS), description="sampler", **wide),
+            "temperature": ipywidgets.BoundedFloatText(
+                value=1.0, min=0.0, max=2.0, step=0.1, description="temperature", layout={"width": "200px"}
+            ),
         }
         self._result = ipywidgets.HTML()
         self._stage, self._row = ipywidgets.VBox(), ipywidgets.VBox()
@@ -144,7 +158,7 @@ class SamplingPanel(Panel):
             control.observe(self._changed, "value")
 
     def set(self, **values: Any) -> None:
-        """Change settings: model, n, sizes (a text), steps, seed, sampler; a ValueError changes nothing."""
+        """Change the settings that `controls` names; sizes is a text. A ValueError changes nothing."""
         unknown = set(values) - set(self.controls)
         if unknown:
             raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: expected {', '.join(self.controls)}")
@@ -160,7 +174,8 @@ class SamplingPanel(Panel):
 
     def __repr__(self) -> str:
         s = self.settings
-        return f"SamplingPanel({s.model!r}, {s.n} molecules, {s.steps} steps, {s.sampler}, seed {s.seed})"
+        warm = "" if s.temperature == 1 else f", temperature {s.temperature:g}"
+        return f"SamplingPanel({s.model!r}, {s.n} molecules, {s.steps} steps, {s.sampler}, seed {s.seed}{warm})"
 
     # ------------------------------------------------------------------ wiring
     def _changed(self, change: dict[str, Any]) -> None:
