@@ -11,6 +11,7 @@ from elign_lab.gpff.model import GPFFConfig, PseudoForceField, load_force_field,
 from elign_lab.gpff.pseudo_forces import nearest_image, perturb
 from elign_lab.gpff.quality import (
     Quality,
+    bundled_quality,
     denoiser_table,
     judge,
     quality_figure,
@@ -20,6 +21,7 @@ from elign_lab.gpff.quality import (
     quality_text,
 )
 from elign_lab.gpff.record import ForceRecord
+from elign_lab.gpff.relaxation import Relaxation, relax_by_denoising, relax_by_optimiser, relaxation_figure, rmsd
 from elign_lab.gpff.task import SamplingTask
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "GPFFConfig",
     "PseudoForceField",
     "Quality",
+    "Relaxation",
     "SamplingTask",
     "Sphere",
+    "bundled_quality",
     "calibrate",
     "denoiser_table",
     "generate",
@@ -48,7 +52,11 @@ __all__ = [
     "quality_json",
     "quality_table",
     "quality_text",
+    "relax_by_denoising",
+    "relax_by_optimiser",
+    "relaxation_figure",
     "replace_group",
+    "rmsd",
     "save_force_field",
     "start_positions",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from plotly.colors import qualitative
 from rdkit.Chem import MolToSmiles
 from tqdm.auto import tqdm
 
+from elign_lab.checkpoints import ASSETS
 from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import evaluate
 from elign_lab.evaluation.intervals import wilson
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from elign_lab.oracles import Oracle
 
 EDM = "EDM "  # before the names of a denoiser's samplers
+MEASURED = "gpff_quality"  # of the assets
 BUDGETS = (4, 6, 8, 16, 32, 64, 128, 256)
 
 # name -> sampler and its options
@@ -41,6 +44,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "adaptive ancestral": ("adaptive_ancestral", {}),
     "adaptive heun": ("adaptive_heun", {}),
     "direct": ("direct", {"strength": 1.0}),
+    "direct, 0.3": ("direct", {"strength": 0.3}),
     "relaxation": ("direct", {"strength": 0.0}),
 }
 
@@ -196,6 +200,20 @@ def quality_text(rows: Sequence[Quality]) -> str:
 def quality_from_json(rows: Iterable[Mapping[str, Any]]) -> list[Quality]:
     """Rows from what `quality_json` made."""
     return [Quality(**{**row, "f_rms": math.nan if row["f_rms"] is None else row["f_rms"]}) for row in rows]
+
+
+def bundled_quality() -> list[Quality]:
+    """The table of the bundled model and of the bundled denoiser, measured with GFN2-xTB for the release.
+
+    Raises FileNotFoundError when it is not there.
+    """
+    path = ASSETS / f"{MEASURED}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no measured table {path}: it comes with the package; make one with: "
+            f"elign-lab gpff evaluate --oracle xtb --denoiser edm-mini --out {path}"
+        )
+    return quality_from_json(json.loads(path.read_text())["rows"])
 
 
 def quality_json(rows: Sequence[Quality]) -> list[dict[str, Any]]:
