@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,8 @@ def _add_training(commands: Any) -> None:
 
     p = _command(commands, "align", _align, "align a model with an oracle by FED-GRPO, or continue", again)
     _add_model(p)
-    _add_oracle(p)
     p.add_argument("--preset", default="cpu_mini", help="cpu_mini, qm9_paper or geom_paper (default: %(default)s)")
-    _add_out(p, "folder of the run; an existing run is continued")
-    p.add_argument("--iterations", type=_positive, help="rollout and update iterations of the whole run")
+    _add_alignment(p)
     p.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
     _add_set(p, "AlignConfig, for example kl_weight=0.01")
 
@@ -184,6 +182,12 @@ def _add_gpff(commands: Any) -> None:
     _add_run_on_data(p)
     _add_set(p, "TrainConfig, for example model.network.features=64")
 
+    p = _command(commands, "align", _gpff_align, "align a pseudo-force field with an oracle by FED-GRPO", again)
+    _add_gpff_model(p)
+    p.add_argument("--preset", default="gpff_cpu_mini", help="gpff_cpu_mini (default: %(default)s)")
+    _add_alignment(p)
+    _add_set(p, "ForceAlignConfig, for example steps=16")
+
     p = _command(commands, "sample", _gpff_sample, "generate structures", "the finished batches were written")
     _add_gpff_model(p)
     p.add_argument("--n", type=_positive, help="number of structures (default: 64, or one for each composition)")
@@ -213,6 +217,12 @@ def _add_gpff(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
     p.add_argument("--out", type=Path, help="also write the table to this JSON file")
     _add_json(p)
+
+
+def _add_alignment(p: argparse.ArgumentParser) -> None:
+    _add_oracle(p)
+    _add_out(p, "folder of the run; an existing run is continued")
+    p.add_argument("--iterations", type=_positive, help="rollout and update iterations of the whole run")
 
 
 def _add_run_on_data(p: argparse.ArgumentParser) -> None:
@@ -383,19 +393,9 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _align(arguments: argparse.Namespace) -> int:
-    from elign_lab.alignment import PRESETS, OracleFailureError, align
+    from elign_lab.alignment import PRESETS, align
 
-    config = _preset(PRESETS, arguments.preset)
-    if arguments.iterations is not None:
-        config = override(config, [f"iterations={arguments.iterations}"])
-    config = override(config, arguments.set)
-    with _oracle(arguments) as oracle:
-        try:
-            align(_model(arguments.model, arguments.device), oracle, config, out=arguments.out)
-        except OracleFailureError as error:
-            raise ValueError(str(error)) from error
-    _print_run(arguments.out)
-    return 0
+    return _run_alignment(arguments, PRESETS, align, lambda: _model(arguments.model, arguments.device))
 
 
 def _fit_oracle(arguments: argparse.Namespace) -> int:
@@ -470,6 +470,13 @@ def _gpff_train(arguments: argparse.Namespace) -> int:
     return _run_on_data(arguments, PRESETS, train)
 
 
+def _gpff_align(arguments: argparse.Namespace) -> int:
+    from elign_lab.gpff import load_force_field
+    from elign_lab.gpff.alignment import PRESETS, align_force_field
+
+    return _run_alignment(arguments, PRESETS, align_force_field, lambda: load_force_field(arguments.model))
+
+
 def _gpff_sample(arguments: argparse.Namespace) -> int:
     from elign_lab.gpff import generate, load_force_field
 
@@ -526,6 +533,28 @@ def _run_on_data(
     return 0
 
 
+def _run_alignment(
+    arguments: argparse.Namespace,
+    presets: Mapping[str, Callable[[], Any]],
+    run: Callable[..., object],
+    load: Callable[[], object],
+) -> int:
+    """Start or continue an alignment of the model that `load` reads, with the options of `_add_alignment`."""
+    from elign_lab.alignment import OracleFailureError
+
+    config = _preset(presets, arguments.preset)
+    if arguments.iterations is not None:
+        config = override(config, [f"iterations={arguments.iterations}"])
+    config = override(config, arguments.set)
+    with _oracle(arguments) as oracle:
+        try:
+            run(load(), oracle, config, out=arguments.out)
+        except OracleFailureError as error:
+            raise ValueError(str(error)) from error
+    _print_run(arguments.out)
+    return 0
+
+
 def _give_molecules(molecules: Any, path: Path | None) -> int:
     """Write molecules to a file, or as xyz to standard output."""
     if path is None:
@@ -536,7 +565,7 @@ def _give_molecules(molecules: Any, path: Path | None) -> int:
     return 0
 
 
-def _preset(presets: dict[str, Callable[[], Any]], name: str) -> Any:
+def _preset(presets: Mapping[str, Callable[[], Any]], name: str) -> Any:
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(presets)}")
     return presets[name]()

@@ -106,7 +106,9 @@ class JsonLines:
         self.path, self.key = Path(path), key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_json_lines(self.path) if row[key] < resume_at] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)  # a kill leaves the old log or the new one
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, which must have the log's key."""

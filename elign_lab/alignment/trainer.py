@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from elign_lab.alignment.advantages import total_advantage
@@ -33,6 +34,7 @@ from elign_lab.alignment.rewards import (
 )
 from elign_lab.checkpoints import save_model
 from elign_lab.denoiser import Denoiser
+from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import sample
 from elign_lab.training import (
@@ -49,7 +51,7 @@ from elign_lab.training import (
 )
 
 # streams of random numbers, so that none is used twice
-_SIZES, _ROLLOUT, _UNITS = 1, 2, 3
+DRAWN, ROLLOUT, _UNITS = 1, 2, 3
 
 
 class OracleFailureError(RuntimeError):
@@ -67,17 +69,23 @@ class Iteration:
     advantages: Tensor
 
 
-class Trainer:
-    """Aligns a policy with an oracle.
+class PolicyTrainer(ABC):
+    """Aligns a policy with an oracle; the subclass says what the policy is, and how it acts.
 
     policy is trained in place; its copy at the start is the reference of the KL term. `out`, when given, holds
     checkpoint.pt, log.jsonl, model.safetensors (latest) and best.safetensors, and is continued when it exists.
     channels: further terminal rewards (none in the paper's main runs).
+
+    A step of any policy here is z_s ~ N(mean, sigma^2 P) with a mean that is -c sigma eps(z_t) plus what does not
+    depend on the weights. Its `prediction` is eps, its `ratio_scale` c: they are all that ratios and KL need.
     """
+
+    policy: Any  # a torch module; each subclass declares which
+    reference: Any
 
     def __init__(
         self,
-        policy: Denoiser,
+        policy: nn.Module,
         oracle: Oracle,
         config: AlignConfig,
         *,
@@ -165,23 +173,37 @@ class Trainer:
             self.save()
         return Iteration(index, metrics, rollouts, rewards, advantages)
 
-    # ------------------------------------------------------------------ its parts
+    # ------------------------------------------------------------------ what the policy is
+    @abstractmethod
     def roll_out(self, index: int) -> Rollouts:
         """The rollouts of iteration `index`; with several processes, this process's groups."""
-        c = self.config
-        sizes = self.policy.sample_sizes(c.groups, step_generator(c.seed, _SIZES, index))
-        share = c.groups // self.accelerator.num_processes
+
+    @abstractmethod
+    def evaluation_set(self) -> MoleculeBatch:
+        """The molecules that the policy makes now from the sizes and the noise of the fixed evaluation set."""
+
+    @abstractmethod
+    def prediction(self, model: Any, rollouts: Rollouts, step: Tensor, row: Tensor) -> Tensor:
+        """eps (B, N, channels of the state) of a model, policy or reference, at the states of pairs (step, row)."""
+
+    @abstractmethod
+    def ratio_scale(self, rollouts: Rollouts) -> Tensor:
+        """c (S,) of each trained step."""
+
+    @abstractmethod
+    def save_policy(self, path: Path) -> None:
+        """Write the policy's model file."""
+
+    def describe(self, molecules: MoleculeBatch) -> dict[str, float]:
+        """Further metrics of the evaluation set, by their names in the log."""
+        return {}
+
+    # ------------------------------------------------------------------ its parts
+    def groups_here(self) -> range:
+        """The groups of this process."""
+        share = self.config.groups // self.accelerator.num_processes
         first = share * self.accelerator.process_index
-        return rollout(
-            self.policy,
-            sizes[first : first + share].tolist(),
-            c.members,
-            steps=c.steps,
-            skip_prefix=c.skip_prefix,
-            shared_prefix=c.shared_prefix,
-            seed=(c.seed, _ROLLOUT, index),
-            first_group=first,
-        )
+        return range(first, first + share)
 
     def judge(self, rollouts: Rollouts) -> Rewards:
         """Rewards of the rollouts by the oracle."""
@@ -221,8 +243,10 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Rewards on the fixed evaluation set (same sizes and noise each time); keeps the best model by their sum."""
         c = self.config
+        described = {}
         if self.accelerator.is_main_process:
-            molecules = sample(self.policy, c.evaluate_n, steps=c.steps, seed=c.seed)
+            molecules = self.evaluation_set()
+            described = self.describe(molecules)
             energy, force, ok = terminal_rewards(
                 molecules, self.oracle, force_clip=c.force_clip, energy_clip=c.energy_clip
             )
@@ -235,8 +259,8 @@ class Trainer:
         if total > self.best:
             self.best = total
             if self.out is not None and self.accelerator.is_main_process:
-                save_model(self.policy, self.out / "best.safetensors")
-        return {"eval_energy": found[0], "eval_force": found[1], "eval_best": self.best}
+                self.save_policy(self.out / "best.safetensors")
+        return {"eval_energy": found[0], "eval_force": found[1], "eval_best": self.best, **described}
 
     # ------------------------------------------------------------------ update
     def _update(self, rollouts: Rollouts, advantages: Tensor, index: int) -> dict[str, float]:
@@ -295,15 +319,12 @@ class Trainer:
         member = torch.arange(k).repeat(len(units))
         row = (group * k + member).to(device)
         step = step.to(device)
-        z, noise, eps_old = (x[step, row] for x in (rollouts.states, rollouts.noise, rollouts.eps))
-        mask = rollouts.mask[row]
-        times = torch.tensor(rollouts.times, device=device)
-        t, s = times[step], times[step + 1]
-        scale_t = self.policy.schedule.transition(t, s).ratio_scale.to(z.dtype)
+        noise, eps_old = rollouts.noise[step, row], rollouts.eps[step, row]
+        scale_t = self.ratio_scale(rollouts)[step].to(noise.dtype)
         with torch.no_grad():
-            eps_ref = self.reference.eps(z, t, mask)
-        eps_new = self.policy.eps(z, t, mask)
-        dims = degrees_of_freedom(mask, self.policy.config.channels) if c.ratio_per_dof else None
+            eps_ref = self.prediction(self.reference, rollouts, step, row)
+        eps_new = self.prediction(self.policy, rollouts, step, row)
+        dims = degrees_of_freedom(rollouts.mask[row], noise.shape[-1] - 3) if c.ratio_per_dof else None
         advantage = advantages.reshape(-1, rollouts.steps)[row, step]
         terms = fed_grpo_terms(noise, eps_new, eps_old, eps_ref, scale_t, advantage, c.clip_range, dims)
         loss = -terms.surrogate + c.kl_weight * terms.kl
@@ -353,7 +374,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         save_state(self.out / "checkpoint.pt", state)
-        save_model(self.policy, self.out / "model.safetensors")
+        self.save_policy(self.out / "model.safetensors")
 
     def _resume(self, path: Path) -> None:
         state: dict[str, Any] = load_state(path)
@@ -365,6 +386,46 @@ class Trainer:
         self.reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration, self.updates_done, self.best = state["iteration"], state["updates_done"], state["best"]
+
+
+class Trainer(PolicyTrainer):
+    """Aligns a denoiser, whose policy is ancestral sampling; see PolicyTrainer."""
+
+    policy: Denoiser
+    reference: Denoiser
+
+    def roll_out(self, index: int) -> Rollouts:
+        """The rollouts of iteration `index`; with several processes, this process's groups."""
+        c, groups = self.config, self.groups_here()
+        sizes = self.policy.sample_sizes(c.groups, step_generator(c.seed, DRAWN, index))
+        return rollout(
+            self.policy,
+            sizes[groups.start : groups.stop].tolist(),
+            c.members,
+            steps=c.steps,
+            skip_prefix=c.skip_prefix,
+            shared_prefix=c.shared_prefix,
+            seed=(c.seed, ROLLOUT, index),
+            first_group=groups.start,
+        )
+
+    def evaluation_set(self) -> MoleculeBatch:
+        """Samples of the policy with the seed of the configuration."""
+        return sample(self.policy, self.config.evaluate_n, steps=self.config.steps, seed=self.config.seed)
+
+    def prediction(self, model: Denoiser, rollouts: Rollouts, step: Tensor, row: Tensor) -> Tensor:
+        """The predicted noise (B, N, 3 + F) at the states of pairs (step, row)."""
+        t = torch.tensor(rollouts.times, device=row.device)[step]
+        return model.eps(rollouts.states[step, row], t, rollouts.mask[row])
+
+    def ratio_scale(self, rollouts: Rollouts) -> Tensor:
+        """c (S,) of each trained step (`Transition.ratio_scale`)."""
+        times = torch.tensor(rollouts.times, device=rollouts.mask.device)
+        return self.policy.schedule.transition(times[:-1], times[1:]).ratio_scale
+
+    def save_policy(self, path: Path) -> None:
+        """Write the denoiser with its configuration."""
+        save_model(self.policy, path)
 
 
 def align(

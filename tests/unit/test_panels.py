@@ -485,7 +485,14 @@ def test_a_chart_sends_the_figure_as_it_is():
 
 
 def test_the_panels_are_exported():
-    for name in ("AlignmentDashboard", "DFTCheck", "OracleComparison", "RewardInspector", "SamplingPanel"):
+    for name in (
+        "AlignmentDashboard",
+        "DFTCheck",
+        "MoleculeEditor",
+        "OracleComparison",
+        "RewardInspector",
+        "SamplingPanel",
+    ):
         assert name in widgets.__all__
         assert getattr(widgets, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
