@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from plotly.colors import qualitative
 from rdkit.Chem import MolToSmiles
 from tqdm.auto import tqdm
 
-from elign_lab.checkpoints import ASSETS
+from elign_lab.checkpoints import ASSETS, read_passport
 from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import evaluate
 from elign_lab.evaluation.intervals import wilson
@@ -23,7 +22,7 @@ from elign_lab.evaluation.report import align_columns
 from elign_lab.gpff.compositions import draw_compositions
 from elign_lab.gpff.editing_bonds import perceive
 from elign_lab.gpff.generate import SAMPLERS, generate
-from elign_lab.gpff.model import PseudoForceField
+from elign_lab.gpff.model import BUNDLED, PseudoForceField
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling import sample
 from elign_lab.teaching import Figure
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from elign_lab.oracles import Oracle
 
 EDM = "EDM "  # before the names of a denoiser's samplers
-MEASURED = "gpff_quality"  # of the assets
 BUDGETS = (4, 6, 8, 16, 32, 64, 128, 256)
 
 # name -> sampler and its options
@@ -203,17 +201,8 @@ def quality_from_json(rows: Iterable[Mapping[str, Any]]) -> list[Quality]:
 
 
 def bundled_quality() -> list[Quality]:
-    """The table of the bundled model and of the bundled denoiser, measured with GFN2-xTB for the release.
-
-    Raises FileNotFoundError when it is not there.
-    """
-    path = ASSETS / f"{MEASURED}.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no measured table {path}: it comes with the package; make one with: "
-            f"elign-lab gpff evaluate --oracle xtb --denoiser edm-mini --out {path}"
-        )
-    return quality_from_json(json.loads(path.read_text())["rows"])
+    """The table of the bundled model and of a bundled denoiser, by GFN2-xTB: the figures in the model's passport."""
+    return quality_from_json(read_passport(ASSETS / f"{BUNDLED}.safetensors")["figures"]["rows"])
 
 
 def quality_json(rows: Sequence[Quality]) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,17 +12,15 @@ from torch import Tensor, nn
 from elign_lab.gpff import (
     GPFFConfig,
     PseudoForceField,
-    Quality,
     bundled_quality,
     nearest_image,
     perturb,
-    quality_json,
     relax_by_denoising,
     relax_by_optimiser,
     relaxation_figure,
     rmsd,
 )
-from elign_lab.gpff import quality as quality_module
+from elign_lab.gpff.quality import BUDGETS, EDM
 from elign_lab.molecules import MoleculeBatch, zero_com
 
 SHARE = 0.75  # of the way to the minimum that one call of PartialField goes
@@ -160,10 +156,8 @@ def test_bad_input_is_refused(minima, distorted):
         relax_by_optimiser(Springs(minima), distorted, minima[[1, 0]])
 
 
-def test_bundled_quality_reads_the_measured_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality_module, "ASSETS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="elign-lab gpff evaluate"):
-        bundled_quality()
-    row = Quality("direct", 16, 8, 0.5, 0.25, 0.125, 1.0, 0.7, 0, 0.01)
-    (tmp_path / "gpff_quality.json").write_text(json.dumps({"model": "gpff-mini", "rows": quality_json([row])}))
-    assert bundled_quality() == [row]
+def test_bundled_quality_is_in_the_passport():
+    rows = bundled_quality()
+    assert {row.evaluations for row in rows if row.sampler == "direct"} == set(BUDGETS)
+    assert any(row.sampler.startswith(EDM) for row in rows)
+    assert all(0 <= row.validity <= 1 and row.n >= 100 for row in rows)
