@@ -155,7 +155,7 @@ def _add_judging(commands: Any) -> None:
     _add_model(p)
     _add_sampling(p)
     p.add_argument("--sizes", type=_integers, help="atoms of each molecule: one number for all, or n, as in 9,12")
-    p.add_argument("--sampler", default="direct", help="name of the sampler (default: %(default)s)")
+    p.add_argument("--sampler", default="ancestral", help="name of the sampler (default: %(default)s)")
     p.add_argument("--out", type=Path, help="file.xyz, file.sdf or file.npz (default: xyz to standard output)")
 
     p = _command(commands, "evaluate", _evaluate, "sample molecules and judge them")
@@ -197,7 +197,7 @@ def _add_gpff(commands: Any) -> None:
         metavar="FORMULA",
         help="such as C2H6O; may be repeated (default: drawn from the training set)",
     )
-    p.add_argument("--sampler", default="ancestral", help="name of the sampler (default: %(default)s)")
+    p.add_argument("--sampler", default="direct", help="name of the sampler (default: %(default)s)")
     p.add_argument(
         "--evaluations", type=_positive, default=64, help="network evaluations for each (default: %(default)s)"
     )

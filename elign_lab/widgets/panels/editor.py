@@ -397,6 +397,7 @@ class MoleculeEditor(Panel):
             result, evaluations = record.molecules(), record.evaluations
             yield record
             clock = time.perf_counter()  # what is shown and judged in between is not computing
+        self.viewer.flush()
         self.state = accept(before, result)
         self._changed_state()
         self._message.value = escape(
