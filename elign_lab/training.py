@@ -144,10 +144,10 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     parameters = list(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    if not norm.isfinite():
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.zero_()
+    for p in parameters:
+        if p.grad is not None:
+            # an infinite norm has made the rest 0 or undefined; a branch on it would wait for the device
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
     return norm
 
 

@@ -1,6 +1,9 @@
 """Make the bundled evidence: samples of two models, same seeds, judged by several oracles, DFT among them.
 
 python scripts/make_evidence.py --n 128 [--ani-weights DIR] [--workers 2]
+
+DFT's answers are kept in a cache file: stopped and run again with the same --n, the script goes on where it was.
+Another --n gives other molecules.
 """
 
 import argparse
@@ -40,7 +43,7 @@ def main() -> None:
     with ExitStack() as stack, torch.random.fork_rng():
         oracles = {name: stack.enter_context(load_oracle(name, **options.get(name, {}))) for name in arguments.oracles}
         models = {name: load_model(name) for name in arguments.models}
-        evidence = collect(models, oracles, arguments.n, steps=arguments.steps, seed=arguments.seed)
+        evidence = collect(models, oracles, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
     for model, oracle in itertools.product(arguments.models, arguments.oracles):
         print(f"{oracle} of {model}: {evidence.failures(model, oracle)} failures", file=sys.stderr)
     evidence.save(arguments.out)

@@ -101,6 +101,7 @@ def collect(
     *,
     steps: int | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Evidence:
     """Sample n molecules of each model from the same sizes and the same noise, and ask every oracle about them.
 
@@ -109,7 +110,7 @@ def collect(
     """
     if not models or not oracles:
         raise ValueError(f"evidence needs models and oracles: got {len(models)} and {len(oracles)}")
-    batches = [sample(model, n, steps=steps, seed=seed, batch_size=n) for model in models.values()]
+    batches = [sample(model, n, steps=steps, seed=seed, batch_size=n, progress=progress) for model in models.values()]
     answers = [[physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in batches]
     return Evidence(
         tuple(models),

@@ -171,15 +171,11 @@ def quality_figure(rows: Sequence[Quality], key: str = "validity") -> Figure:
     for k, name in enumerate(dict.fromkeys(row.sampler for row in rows)):
         line = sorted((r for r in rows if r.sampler == name), key=lambda r: r.evaluations)
         shares = [wilson(round(getattr(r, key) * r.n), r.n) for r in line]
-        figure.add_scatter(
-            x=[r.evaluations for r in line],
-            y=[100 * s.value for s in shares],
-            error_y={
-                "array": [100 * (s.high - s.value) for s in shares],
-                "arrayminus": [100 * (s.value - s.low) for s in shares],
-                "thickness": 0.8,
-                "width": 0,
-            },
+        figure.add_estimates(
+            [r.evaluations for r in line],
+            [100 * s.value for s in shares],
+            [100 * s.low for s in shares],
+            [100 * s.high for s in shares],
             name=name,
             line={"color": qualitative.Dark24[k], "dash": "dot" if name.startswith(EDM) else "solid"},
         )

@@ -126,15 +126,11 @@ def relaxation_figure(curves: Mapping[str, Relaxation]) -> Figure:
     figure = Figure(x="calls (network, or calculator)", y="RMSD to the minimum (Å)", alt=alt)
     for k, (name, curve) in enumerate(curves.items()):
         low, middle, high = torch.quantile(curve.rmsd, torch.tensor([0.25, 0.5, 0.75]).double(), dim=1)
-        figure.add_scatter(
-            x=list(range(len(middle))),
-            y=middle.tolist(),
-            error_y={
-                "array": (high - middle).tolist(),
-                "arrayminus": (middle - low).tolist(),
-                "thickness": 0.8,
-                "width": 0,
-            },
+        figure.add_estimates(
+            list(range(len(middle))),
+            middle.tolist(),
+            low.tolist(),
+            high.tolist(),
             name=name,
             mode="lines+markers",
             marker={"size": 5},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from IPython.display import display
@@ -37,6 +39,18 @@ class Figure(go.Figure):
             legend={"orientation": "h", "y": 1.12},
             meta={"alt": alt},
         )
+
+    def add_estimates(
+        self, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], **options: Any
+    ) -> Figure:
+        """Add a line of estimates with thin bars from low to high; options are those of add_scatter."""
+        bars = {
+            "array": [top - middle for top, middle in zip(high, y, strict=True)],
+            "arrayminus": [middle - bottom for middle, bottom in zip(y, low, strict=True)],
+            "thickness": 0.8,
+            "width": 0,
+        }
+        return self.add_scatter(x=x, y=y, error_y=bars, **options)
 
     def _ipython_display_(self) -> None:
         figure = json.loads(self.to_json())
