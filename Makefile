@@ -32,6 +32,7 @@ lab: setup
 
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(STRIP) $(NOTEBOOKS)
+	$(BIN)/python scripts/add_pictures.py $(NOTEBOOKS)
 
 bench: setup
 	$(BIN)/elign-lab bench denoiser --out benchmarks/results/denoiser.json

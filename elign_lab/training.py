@@ -14,7 +14,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,13 +57,33 @@ def require_same_run(path: str | Path, saved: dict[str, Any], config: Any, free:
             raise ValueError(f"{path} was made with {key} = {before!r}, not {value!r}: use another folder")
 
 
+class Optimizer(Protocol):
+    """What the training loops need of an optimiser: torch.optim.Optimizer has it, and so has `muon.MuonAdamW`."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters with their settings, the learning rate among them."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def step(self) -> Any:
+        """Change the parameters once."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state."""
+
+
 def save_run(
     path: str | Path,
     config: Any,
     step: int,
     seconds: float,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     ema: ExponentialMovingAverage,
     **more: Any,
 ) -> None:
@@ -75,7 +95,7 @@ def save_run(
 def restore_run(
     state: dict[str, Any],
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     ema: ExponentialMovingAverage,
 ) -> tuple[int, float]:
     """Put what `save_run` wrote back in place; returns the steps done and the seconds that they took."""
@@ -89,7 +109,7 @@ def resume_run(
     path: str | Path,
     config: Any,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     ema: ExponentialMovingAverage,
     free: Collection[str] = (),
 ) -> tuple[int, float]:

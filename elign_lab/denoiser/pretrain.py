@@ -18,9 +18,11 @@ from elign_lab.denoiser.diffusion import Denoiser, DenoiserConfig
 from elign_lab.denoiser.egnn import EGNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.muon import MuonAdamW
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    Optimizer,
     StopRequest,
     any_process,
     average_gradients,
@@ -30,6 +32,9 @@ from elign_lab.training import (
     step_generator,
     warmup_hold_decay,
 )
+
+OPTIMIZERS = ("adamw", "muon")
+EARLY = 0.3  # of the steps: where samples are won or lost (docs/runs.md, 2026-11-21)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class PretrainConfig:
     root: str | None = None  # folder of QM9 or GEOM-Drugs
     steps: int = 100_000
     batch_size: int = 64  # over all processes
+    optimizer: str = "adamw"  # or 'muon': AdamW for biases, inputs and outputs only (muon.MuonAdamW)
+    early_share: float = 0.0  # of the molecules: their time is drawn from the first 30 % of the steps, not from all
     learning_rate: float = 1e-3
     warmup: int = 500
     decay: int = 5_000  # steps of the linear decay at the end
@@ -56,10 +63,23 @@ class PretrainConfig:
     validate_every: int = 1_000
     checkpoint_every: int = 500
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if not 0 <= self.early_share <= 1:
+            raise ValueError(f"early_share must lie between 0 and 1, got {self.early_share}")
+
 
 def edm_mini() -> PretrainConfig:
     """The small model that comes with the package."""
-    return PretrainConfig(model=DenoiserConfig(features=64, layers=5), steps=60_000)
+    return PretrainConfig(
+        model=DenoiserConfig(features=96, layers=6),
+        steps=9_000,
+        decay=4_500,
+        learning_rate=2e-3,
+        optimizer="muon",
+        early_share=0.7,
+    )
 
 
 def edm_full() -> PretrainConfig:
@@ -105,7 +125,7 @@ def pretrain(
     elif config.bfloat16 or config.compile:
         raise ValueError("bfloat16 and compile need the equivariant network, which this model does not have")
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
+    optimizer = _optimizer(parameters, config)
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
     step, seconds = 0, 0.0
     if (out / "checkpoint.pt").exists():
@@ -161,19 +181,25 @@ def pretrain(
     return model.eval()
 
 
+def _optimizer(parameters: list[torch.nn.Parameter], config: PretrainConfig) -> Optimizer:
+    if config.optimizer == "muon":
+        return MuonAdamW(parameters, config.learning_rate, config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
+
+
 def _train_step(
     model: Denoiser,
     batch: MoleculeBatch,
     step: int,
     config: PretrainConfig,
     accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: list[torch.nn.Parameter],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batch.to(accelerator.device)
     generator = step_generator(config.seed, 1, step, device=accelerator.device)
     # times and noise of the whole batch are drawn in every process, then each takes its share
-    t = torch.randint(0, config.model.timesteps + 1, (len(batch),), generator=generator, device=accelerator.device)
+    t = _draw_times(len(batch), config, generator)
     z, noise, mask = model.encode(batch), model.noise(batch.mask, generator), batch.mask
     if accelerator.num_processes > 1:
         share = torch.argsort(batch.sizes, stable=True)[accelerator.process_index :: accelerator.num_processes]
@@ -186,6 +212,16 @@ def _train_step(
     norm = clip_gradients(parameters, config.max_grad_norm)
     optimizer.step()
     return loss.detach(), norm
+
+
+def _draw_times(n: int, config: PretrainConfig, generator: torch.Generator) -> Tensor:
+    """Times of n molecules, (n,): uniform on 0..T, and a share `early_share` of them uniform on 0..0.3 T."""
+    where = generator.device
+    t = torch.randint(0, config.model.timesteps + 1, (n,), generator=generator, device=where)
+    if config.early_share == 0:
+        return t
+    early = torch.randint(0, int(EARLY * config.model.timesteps) + 1, (n,), generator=generator, device=where)
+    return torch.where(torch.rand(n, generator=generator, device=where) < config.early_share, early, t)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,19 +71,33 @@ def load_oracle(name: str, *, cache: str | Path | None = None, **options: Any) -
     """Make an oracle by name: "learned", "xtb", "dft", "ani", "uma" or "ase"; `options` go to its class.
 
     cache: a file that keeps its answers, see CachedOracle; worth it for oracles that take seconds (dft, uma).
-    Raises ValueError for an unknown name, and for an oracle that cannot run here, with the remedy.
+    Raises ValueError for an unknown name, for an oracle that cannot run here, with the remedy, and for options that it
+    does not have.
     """
     if name not in ORACLES:
         raise ValueError(f"unknown oracle {name!r}: expected one of {', '.join(ORACLES)}")
     ready, reason = ORACLES[name].available()
     if not ready:
         raise ValueError(f"the {name} oracle is not available: {reason}")
-    oracle = ORACLES[name].load()(**options)
+    oracle_class = ORACLES[name].load()
+    _check_options(name, oracle_class, options)
+    oracle = oracle_class(**options)
     if cache is None:
         return oracle
     from elign_lab.oracles.cache import CachedOracle
 
     return CachedOracle(oracle, cache)
+
+
+def _check_options(name: str, oracle_class: type[Oracle], options: dict[str, Any]) -> None:
+    signature = inspect.signature(oracle_class)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        no_pool = options.keys() & {"workers", "executor", "timeout"} and "workers" not in signature.parameters
+        where = "; it computes in the calling process, without workers or a time limit" if no_pool else ""
+        expected = ", ".join(signature.parameters)
+        raise ValueError(f"options of the {name} oracle: {error}; expected {expected}{where}") from None
 
 
 def __getattr__(name: str) -> Any:

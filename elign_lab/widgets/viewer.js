@@ -3,6 +3,7 @@
 
 const STICK = 0.12, BOND = 1.3, OVERLAP = 0.4; // as in static.py
 const SPRITE = 160, FOG_LEVELS = 8, HALO = 1.4;
+const DRAG_MS = 67; // between two messages: 15 a second
 const ARROW = "#f59e0b", ACCENT = "#ff9d2e", GHOST = [47, 158, 143];
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const TILT = [0.96, 0.0, 0.28, 0.11, 0.91, -0.39, -0.25, 0.41, 0.88];
@@ -145,8 +146,9 @@ function createStore(model) {
       const [p, index] = item;
       if (p < 0) { store.reference = frame; continue; }
       const panel = (store.panels[p] ??= { frames: [], extents: [] });
+      if (model.get("draggable")) frame.center = panel.center ??= frame.center; // only the dragged atom moves
       panel.frames[index] = frame;
-      panel.extents.push(extent(frame, store.rotation(p)));
+      panel.extents[index] = extent(frame, store.rotation(p));
     }
     store.fit = null;
     store.force = null;
@@ -175,8 +177,23 @@ function createStore(model) {
     model.set("last_error", `${error}`);
     model.save_changes();
   };
+  // Each drag waits for the answer to the one before; only a drag that ends is never left out.
+  const drags = { queue: [], timer: 0, owed: false };
+  store.drag = (drag) => {
+    if (drags.queue.at(-1)?.done === false) drags.queue.pop();
+    drags.queue.push(drag);
+    sendDrag();
+  };
+  store.grab = () => { drags.owed = false; }; // an answer that was lost holds up no later drag
+  function sendDrag() {
+    if (drags.timer || drags.owed || !drags.queue.length) return;
+    model.send(drags.queue.shift());
+    drags.owed = true;
+    drags.timer = setTimeout(() => { drags.timer = 0; sendDrag(); }, DRAG_MS);
+  }
   model.on("msg:custom", (message, buffers) => {
     try {
+      if (message.kind === "dragged") { drags.owed = false; sendDrag(); }
       if (message.kind === "clear") Object.assign(store, { panels: [], counts: [], fit: null, force: null });
       if (message.kind === "frames") {
         const following = model.get("follow");
@@ -204,7 +221,6 @@ function createStore(model) {
   if (still?.data) {
     store.receive(still.items, still.data);
     store.counts = still.counts;
-    for (const panel of store.panels) if (panel) panel.extents = panel.extents.slice(-1);
   }
   model.send({ kind: "need" }); // a new page has missed what was sent before
   return store;
@@ -292,7 +308,7 @@ function drawMolecule(ctx, frame, colors, camera, options) { // returns the atom
     ctx.drawImage(halo(), x - HALO * r, y - HALO * r, 2 * HALO * r, 2 * HALO * r);
     ctx.globalCompositeOperation = "source-over";
     ctx.drawImage(sprite(colors[i], camera.fog(p[2]), camera.ground), x - r, y - r, 2 * r, 2 * r);
-    hits.push({ i, x, y, r });
+    hits.push({ i, x, y, r, z: p[2] });
   }));
   for (let [i, j] of bondsOf(frame, options.bonds, options.tables)) {
     if (points[i][2] > points[j][2]) [i, j] = [j, i]; // i is the farther one
@@ -340,6 +356,7 @@ function formula(frame, symbols) {
 
 function createView(store, model, el) {
   const camera = { rotation: IDENTITY, zoom: 1, fit: null };
+  let grab = null; // the atom that is being dragged
   const set = (name, value) => { model.set(name, value); model.save_changes(); };
   const play = tag("button", { type: "button", class: "elv-play", onclick: () => set("playing", !model.get("playing")) });
   const slider = tag("input", { type: "range", min: 0, step: 1, class: "elv-slider", "aria-label": "frame", oninput: () => {
@@ -377,16 +394,38 @@ function createView(store, model, el) {
   function listen(panel) {
     const { canvas } = panel;
     let last = null, moved = 0;
-    canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); last = [event.clientX, event.clientY]; moved = 0; });
+    const tell = (done) => store.drag({ kind: "drag", panel: panel.p, frame: grab.frame, atom: grab.i, position: grab.to, done });
+    canvas.addEventListener("pointerdown", (event) => {
+      if (!event.isPrimary) return;
+      canvas.setPointerCapture(event.pointerId);
+      last = [event.clientX, event.clientY];
+      moved = 0;
+      const hit = model.get("draggable") && !event.button && under(panel, event);
+      if (!hit) return;
+      store.grab();
+      grab = { ...hit, panel, frame: Math.min(model.get("frame"), store.panels[panel.p].frames.length - 1), off: [hit.x - event.offsetX, hit.y - event.offsetY] };
+    });
     canvas.addEventListener("pointermove", (event) => {
-      if (!last) return;
+      if (!last) canvas.style.cursor = model.get("draggable") && under(panel, event) ? "move" : "";
+      if (!last || !event.isPrimary) return;
       const dx = event.clientX - last[0], dy = event.clientY - last[1];
       moved += Math.abs(dx) + Math.abs(dy);
       last = [event.clientX, event.clientY];
-      rotate(dy * 0.009, dx * 0.009);
+      if (!grab) rotate(dy * 0.009, dx * 0.009);
+      else if (moved >= 5) {
+        [grab.x, grab.y] = [event.offsetX + grab.off[0], event.offsetY + grab.off[1]];
+        grab.to = lens(panel, canvas.clientWidth, canvas.clientHeight).place(grab);
+        if (model.get("selected") !== grab.i) set("selected", grab.i);
+        tell(false);
+        invalidate();
+      }
     });
-    canvas.addEventListener("pointerup", (event) => { last = null; if (moved < 5) pick(panel, event); });
-    canvas.addEventListener("pointercancel", () => { last = null; });
+    canvas.addEventListener("pointerup", (event) => { if (moved < 5 && event.isPrimary) pick(panel, event); });
+    canvas.addEventListener("lostpointercapture", () => { // let go, or cancelled
+      if (grab?.to) tell(true);
+      last = grab = null;
+      invalidate();
+    });
     canvas.addEventListener("dblclick", () => home());
     canvas.addEventListener("wheel", (event) => { event.preventDefault(); zoomBy(Math.exp(-event.deltaY * 0.0012)); }, { passive: false });
     canvas.addEventListener("keydown", (event) => {
@@ -401,11 +440,11 @@ function createView(store, model, el) {
     event.preventDefault();
     if (store.total() > 1) set("playing", !model.get("playing"));
   });
+  const under = (panel, event) => panel.hits.findLast((h) => Math.hypot(h.x - event.offsetX, h.y - event.offsetY) <= h.r);
   function pick(panel, event) {
-    const box = panel.canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
-    const hit = panel.hits.findLast((h) => Math.hypot(h.x - x, h.y - y) <= h.r);
-    set("selected", hit ? hit.i : null);
-    model.send({ kind: "pick", atom: hit ? hit.i : null });
+    const atom = under(panel, event)?.i ?? null;
+    set("selected", atom);
+    model.send({ kind: "pick", atom });
   }
 
   function lens(panel, width, height, ground) { // camera of one panel: rotate, then a mild perspective
@@ -413,9 +452,14 @@ function createView(store, model, el) {
     const scale = camera.zoom * 0.93 * Math.min(width / (2 * ex), height / (2 * ey), (1.5 * Math.min(width, height)) / (2 * radius), 62);
     const far = 5 * radius + 8;
     const turned = (v) => [0, 3, 6].map((k) => rotation[k] * v[0] + rotation[k + 1] * v[1] + rotation[k + 2] * v[2]);
+    const scaled = (z) => (scale * far) / Math.max(1, far - z);
     return {
       ground, turn: turned, view: turned,
-      project: ([x, y, z]) => { const s = (scale * far) / Math.max(1, far - z); return { x: width / 2 + x * s, y: height / 2 - y * s, scale: s }; },
+      project: ([x, y, z]) => { const s = scaled(z); return { x: width / 2 + x * s, y: height / 2 - y * s, scale: s }; },
+      place: ({ x, y, z }) => { // where in Angstrom a point of the screen is, at a given depth
+        const s = scaled(z), v = [(x - width / 2) / s, (height / 2 - y) / s, z];
+        return store.panels[panel.p].center.map((c, k) => c + rotation[k] * v[0] + rotation[k + 3] * v[1] + rotation[k + 6] * v[2]);
+      },
       fog: (z) => Math.round((FOG_LEVELS - 1) * Math.max(0, Math.min(1, (radius - z) / (2 * radius)))),
     };
   }
@@ -439,6 +483,7 @@ function createView(store, model, el) {
     if (store.reference) ghost(ctx, store.reference, view, center, [width, height, ratio]);
     caption(panel, frame);
     select(panel, frame);
+    if (grab?.to && grab.panel === panel) ring(ctx, grab, ACCENT); // the atom itself follows with the answer
   }
   const spare = document.createElement("canvas");
   function ghost(ctx, frame, view, center, [width, height, ratio]) { // drawn apart, then laid over as one translucent layer
@@ -458,7 +503,7 @@ function createView(store, model, el) {
     panel.caption.replaceChildren(...parts.map((text) => tag("span", {}, text)), ...(bad ? [tag("span", { class: "elv-bad" }, bad)] : []));
     panel.caption.hidden = !parts.length && !bad;
     const what = frame ? `${formula(frame, store.tables.symbols)}, ${frame.n} atoms` : "no frame yet";
-    const spoken = `${[...parts, what].join(", ")}. Drag or arrow keys rotate, wheel or + and - zoom, click picks an atom.`;
+    const spoken = `${[...parts, what].join(", ")}. Drag or arrow keys rotate${model.get("draggable") ? " (on an atom, a drag moves it)" : ""}, wheel or + and - zoom, click picks an atom.`;
     if (panel.canvas.getAttribute("aria-label") !== spoken) panel.canvas.setAttribute("aria-label", spoken);
     panel.box.classList.toggle("elv-empty", !frame);
   }
@@ -514,7 +559,7 @@ function createView(store, model, el) {
     try {
       controls();
       const ground = (getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255]).slice(0, 3).map(Number);
-      const target = store.extents();
+      const target = grab ? camera.fit : store.extents();
       const before = camera.fit ?? target, gap = Math.max(...target.map((v, a) => Math.abs(v - before[a])));
       camera.fit = gap < 0.02 ? target : mix(before, target, 0.25); // a growing trajectory zooms out smoothly
       panels.forEach((panel) => drawPanel(panel, ground));

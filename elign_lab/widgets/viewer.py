@@ -6,11 +6,12 @@ The Python side keeps all frames and sends each one once, as float32. The browse
 from __future__ import annotations
 
 import base64
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -60,6 +61,20 @@ class Frame:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class Drag:
+    """An atom that was moved by hand: in which panel and frame, to which position (x, y, z) in Angstrom.
+
+    done is False while the mouse button or the finger is down, and True for the last message of a drag.
+    """
+
+    panel: int
+    frame: int
+    atom: int
+    position: tuple[float, float, float]
+    done: bool
+
+
 def encode(frames: Iterable[tuple[int, int, Frame]]) -> tuple[list[list[Any]], bytes]:
     """Headers and one little-endian float32 buffer of (panel, index, frame) triples.
 
@@ -86,6 +101,8 @@ class MoleculeViewer(anywidget.AnyWidget):
     color_by: "element", "force" or "type". arrows: draw the forces. force_max: the top of the colour scale,
         eV/Angstrom (default: the median over the frames of the largest force). bonds: pairs of atoms (default: pairs
         nearer than 1.3 times the sum of the covalent radii). shared_orientation: turn all panels as the first one.
+    draggable: an atom that is pressed and moved goes along, parallel to the screen (see `on_drag`); beside the atoms
+        the same movement still rotates.
 
     Two-way traits, which can be observed and set: `frame`, `selected` (an atom or None), `playing`, `follow` (stay on
     the newest frame), `color_by`, `arrows`, `last_error`. `marks` draws rings in the live view: lists of atoms by CSS
@@ -105,6 +122,7 @@ class MoleculeViewer(anywidget.AnyWidget):
     color_by = traitlets.Enum(("element", "force", "type"), "element").tag(sync=True)
     arrows = traitlets.Bool(False).tag(sync=True)
     force_max = traitlets.Float(None, allow_none=True).tag(sync=True)
+    draggable = traitlets.Bool(False).tag(sync=True)
     title = traitlets.Unicode("").tag(sync=True)
     height = traitlets.Int(380, min=80).tag(sync=True)
     last_error = traitlets.Unicode("").tag(sync=True)
@@ -131,6 +149,7 @@ class MoleculeViewer(anywidget.AnyWidget):
         force_max: float | None = None,
         bonds: Sequence[tuple[int, int]] | None = None,
         shared_orientation: bool = True,
+        draggable: bool = False,
         fps: int = 15,
         height: int = 380,
     ) -> None:
@@ -159,6 +178,7 @@ class MoleculeViewer(anywidget.AnyWidget):
             color_by=color_by,
             arrows=arrows,
             force_max=force_max,
+            draggable=draggable,
             fps=fps,
             height=height,
             _titles=list(panels),
@@ -171,6 +191,7 @@ class MoleculeViewer(anywidget.AnyWidget):
             follow=self.n_frames < 2,
         )
         self._pick_callbacks: list[Callable[[int | None], object]] = []
+        self._drag_callbacks: list[Callable[[Drag], object]] = []
         self.on_msg(self._on_message)
 
     # ------------------------------------------------------------------ frames
@@ -192,8 +213,7 @@ class MoleculeViewer(anywidget.AnyWidget):
 
         molecule: its molecule `index` is drawn. forces (n, 3), type_weights (n, K) as in the constructor.
         """
-        if not 0 <= panel < len(self._trajectories):
-            raise ValueError(f"panel {panel} of a viewer with {len(self._trajectories)}")
+        self._check_panel(panel)
         frame = self._frame(molecule, self._index, label or "", forces, type_weights, "the pushed molecule")
         with self._lock:
             trajectory = self._trajectories[panel]
@@ -208,6 +228,29 @@ class MoleculeViewer(anywidget.AnyWidget):
                 return
             self._send_pending()
         self._follow_newest()
+
+    def replace(
+        self,
+        frame: int,
+        molecule: MoleculeBatch,
+        *,
+        forces: ArrayLike | None = None,
+        type_weights: ArrayLike | None = None,
+        label: str | None = None,
+        panel: int = 0,
+    ) -> None:
+        """Put another molecule in the place of a frame, from any thread; molecule, forces, ... as in `push`.
+
+        Raises ValueError for a panel or a frame that is not there.
+        """
+        self._check_panel(panel)
+        made = self._frame(molecule, self._index, label or "", forces, type_weights, "the new molecule")
+        with self._lock:
+            trajectory = self._trajectories[panel]
+            if not 0 <= frame < len(trajectory):
+                raise ValueError(f"frame {frame} of a panel with {len(trajectory)} frames, counted from 0")
+            trajectory[frame] = made
+            self._send_frames([(panel, frame)])
 
     def flush(self) -> None:
         """Send the frames that wait for their turn (a timer does it by itself)."""
@@ -298,9 +341,19 @@ class MoleculeViewer(anywidget.AnyWidget):
         """Call this with the atom at each click in the view, also at a second one on the same atom; None: beside it."""
         self._pick_callbacks.append(callback)
 
+    def on_drag(self, callback: Callable[[Drag], object]) -> None:
+        """Call this with a `Drag` when an atom is dragged (draggable=True): while it moves, and once when it is let go.
+
+        The atom has moved in its frame already; forces of that frame are unknown (NaN) unless the callback gives new
+        ones by `replace`. The view sends at most 15 drags a second and waits for the callbacks in between.
+        """
+        self._drag_callbacks.append(callback)
+
     def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
         if content.get("kind") == "pick":
             self._click(content["atom"])
+        if content.get("kind") == "drag":
+            self._dragged(content)
         if content.get("kind") != "need":
             return
         with self._lock:  # a new page: everything, also what still waits for its turn
@@ -318,6 +371,50 @@ class MoleculeViewer(anywidget.AnyWidget):
                 callback(atom)
         except Exception as error:  # a click has no caller that could catch it
             self._report(error)
+
+    def _dragged(self, content: dict[str, Any]) -> None:
+        """Move the atom and tell the callbacks. A message that makes no sense is shown as an error and moves nothing."""
+        try:
+            drag = self._read_drag(content)
+            with self._lock:
+                moved = self._move(drag)
+            try:
+                for callback in self._drag_callbacks:
+                    callback(drag)
+            finally:
+                with self._lock:
+                    if moved in self._trajectories[drag.panel]:  # otherwise a callback has put something else there
+                        self._send_frames([(drag.panel, drag.frame)])
+        except Exception as error:  # as in _click
+            self._report(error)
+        finally:
+            self.send({"kind": "dragged"})  # the view may send the next one
+
+    def _read_drag(self, content: dict[str, Any]) -> Drag:
+        if not self.draggable:
+            raise ValueError("a drag in a view that is not draggable: make it with draggable=True")
+        panel, frame, atom = (content.get(name) for name in ("panel", "frame", "atom"))
+        trajectory = self._trajectories[panel] if _is_index(panel, len(self._trajectories)) else []
+        if not _is_index(frame, len(trajectory)):
+            raise ValueError(f"a drag in panel {panel}, frame {frame}, which is not there: nothing was moved")
+        n = len(trajectory[frame].numbers)
+        if not _is_index(atom, n):
+            raise ValueError(f"a drag of atom {atom}: expected 0 to {n - 1}; nothing was moved")
+        position = content.get("position")
+        if not isinstance(position, list | tuple) or len(position) != 3 or not all(map(_is_finite, position)):
+            raise ValueError(f"atom {atom} dragged to {position}: expected three finite numbers; nothing was moved")
+        x, y, z = map(float, position)
+        return Drag(panel, frame, atom, (x, y, z), bool(content.get("done")))
+
+    def _move(self, drag: Drag) -> Frame:
+        """Move an atom; the caller holds the lock. The forces belong to the old structure."""
+        old = self._trajectories[drag.panel][drag.frame]
+        positions = old.positions.copy()
+        positions[drag.atom] = drag.position
+        forces = None if old.forces is None else np.full_like(old.forces, np.nan)
+        moved = replace(old, positions=positions, forces=forces)
+        self._trajectories[drag.panel][drag.frame] = moved
+        return moved
 
     def _send_pending(self) -> None:
         """Send what waits; the caller holds the lock."""
@@ -368,6 +465,10 @@ class MoleculeViewer(anywidget.AnyWidget):
             self.flush()
         except Exception as error:  # on a timer's thread no caller could catch it
             self._report(error)
+
+    def _check_panel(self, panel: int) -> None:
+        if not 0 <= panel < len(self._trajectories):
+            raise ValueError(f"panel {panel} of a viewer with {len(self._trajectories)}")
 
     def _report(self, error: Exception) -> None:
         self.last_error = f"{type(error).__name__}: {error}"
@@ -528,6 +629,14 @@ def _of_panel(value: Any, name: str, frames: object) -> Any:
             f"frames has the titles {list(frames)}: labels, forces and type_weights must be mappings of them"
         )
     return value.get(name)
+
+
+def _is_index(value: Any, n: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < n
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _per_atom(

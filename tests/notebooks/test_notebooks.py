@@ -65,6 +65,14 @@ def test_figures_have_axis_titles(cells):
                     assert figure["layout"][axis]["title"]["text"], f"no title on the {axis}"
 
 
+def test_figures_have_a_picture_for_readers_without_a_kernel(cells):
+    for cell in code(cells):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "application/vnd.plotly.v1+json" in data:
+                assert data.get("image/png", "").startswith("iVBORw0KGgo"), "no PNG: run `make notebooks`"
+
+
 def test_the_quickstart_ends_with_a_check():
     cells = code(nbformat.read(FOLDER / "00_quickstart.ipynb", as_version=4).cells)
     tree = ast.parse(cells[-1].source)

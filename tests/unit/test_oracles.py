@@ -1,8 +1,6 @@
-"""The common behaviour of the oracles, on every oracle that can run here: input in, numbers or a reason out."""
+"""What the oracles have in common: options, registry, answers of backends, derived numbers; and what one alone has."""
 
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ import torch
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 
+from elign_lab.benchmarks.oracles import alkane
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import ORACLES, Oracle, OracleResult, clip_forces, f_rms, load_oracle
 from elign_lab.oracles.protocol import Evaluation
@@ -22,45 +21,13 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 ANI_WEIGHTS = SHARED / "data" / "ani-2x" / "ani-2x_8x"
 needs_ani = pytest.mark.skipif(not ANI_WEIGHTS.is_dir(), reason="the ANI-2x weights are not part of the repository")
 
-needs_fairchem = pytest.mark.skipif(
-    importlib.util.find_spec("fairchem") is None, reason="fairchem-core is not installed (extra uma)"
-)
-
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.477]])
 HYDROGEN = ([1, 1], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.74]])
 METHYL = ([6, 1, 1, 1], [[0.0, 0.0, 0.0], [1.079, 0.0, 0.0], [-0.5395, 0.9344, 0.0], [-0.5395, -0.9344, 0.0]])
 
-MAKERS = {
-    "xtb": lambda: load_oracle("xtb", workers=2),
-    # the smallest basis and grid: what is tested here is the handling, not the chemistry
-    "dft": lambda: load_oracle("dft", xc="svwn", basis="sto-3g", grid_level=0, workers=1),
-    "ani": lambda: load_oracle("ani", weights=ANI_WEIGHTS),
-    "ase": lambda: load_oracle("ase", calculator=EMT()),
-    "learned": lambda: load_oracle("learned"),
-    "uma": lambda: load_oracle("uma", model="escn-mini"),
-}
-MARKS = {"ani": needs_ani, "uma": needs_fairchem}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=MARKS.get(name, ())) for name in MAKERS],
-)
-def oracle(request):
-    with MAKERS[request.param]() as made:
-        yield made
-
 
 def batch_of(*molecules, check=False) -> MoleculeBatch:
     return MoleculeBatch.from_arrays(molecules, check=check)
-
-
-def alkane(carbons: int):
-    """A linear alkane, C-C 1.53, C-H 1.09 Angstrom, 2 n + 2 hydrogens."""
-    x = np.array([[1.27 * i, 0.0, 0.42 * (-1) ** i] for i in range(carbons)])
-    hydrogens = [x[i] + [0.0, side * 0.89, 0.63 * (-1) ** i] for i in range(carbons) for side in (1, -1)]
-    ends = [x[0] + [-0.89, 0.0, -0.63], x[-1] + [0.89, 0.0, 0.63 * (-1) ** carbons]]
-    return [6] * carbons + [1] * (2 * carbons + 2), np.concatenate([x, hydrogens, ends])
 
 
 def assert_failed(result: OracleResult, i: int, n_atoms: int, reason: str) -> None:
@@ -69,137 +36,6 @@ def assert_failed(result: OracleResult, i: int, n_atoms: int, reason: str) -> No
     assert torch.isnan(result.energy[i])
     assert torch.isnan(result.forces[i, :n_atoms]).all()
     assert (result.forces[i, n_atoms:] == 0).all()
-
-
-# ---------------------------------------------------------------------- input
-BAD = {
-    "nan": (([8, 1], [[0.0, 0.0, 0.0], [0.0, float("nan"), 0.96]]), "non-finite position of atom 1"),
-    "infinite": (([8, 1], [[0.0, 0.0, float("inf")], [0.0, 0.0, 0.96]]), "non-finite position of atom 0"),
-    "coincident": (([8, 1, 1], [[0.0, 0.0, 0.0], [0.0, 0.9, 0.0], [0.0, 0.9, 0.0]]), "atoms 1 and 2 are 0.000"),
-    "unknown element": (([8, 0], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.96]]), "unsupported element number 0"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_molecule_is_a_status_and_its_neighbours_are_not_touched(oracle, kind):
-    molecule, reason = BAD[kind]
-    alone = oracle(batch_of(WATER))
-    result = oracle(batch_of(WATER, molecule, WATER))
-    assert_failed(result, 1, len(molecule[0]), reason)
-    assert result.status[0] == result.status[2] == "ok"
-    assert result.ok.tolist() == [True, False, True]
-    torch.testing.assert_close(result.energy[[0, 2]], alone.energy.expand(2), atol=1e-5, rtol=0)
-
-
-def test_unsupported_element(oracle):
-    result = oracle(batch_of(([112, 1], [[0.0, 0.0, 0.0], [0.0, 0.0, 1.6]]), WATER))
-    # without elements= an ASE calculator decides itself
-    assert_failed(result, 0, 2, "CalculatorError" if oracle.name == "ase" else "unsupported element Cn")
-    assert result.ok[1]
-
-
-def test_far_apart_molecules_do_not_interact(oracle):
-    z, x = WATER
-    far = (z + z, np.concatenate([x, np.add(x, [100.0, 0.0, 0.0])]))
-    result = oracle(batch_of(WATER, far))
-    assert result.ok.all(), result.status
-    assert result.energy[1].item() == pytest.approx(2 * result.energy[0].item(), abs=2e-3)
-    torch.testing.assert_close(result.forces[1, 3:6], result.forces[0, :3], atol=1e-3, rtol=0)
-
-
-def test_a_structure_flung_apart_is_refused(oracle):
-    """Untrained models make such structures; tblite would not return for them."""
-    far = ([1, 6, 1], [[0.0, 0.0, 0.0], [900.0, 0.0, 0.0], [0.0, 800.0, 0.0]])
-    result = oracle(batch_of(far, WATER))
-    assert_failed(result, 0, 3, "900 Angstrom wide, over the limit of 500")
-    assert result.ok[1]
-
-
-def test_single_atom(oracle):
-    result = oracle(batch_of(([1], [[0.3, 0.2, 0.1]])))
-    assert result.ok.all(), result.status
-    torch.testing.assert_close(result.forces, torch.zeros(1, 1, 3, dtype=result.forces.dtype), atol=1e-6, rtol=0)
-
-
-def test_odd_electron_count(oracle):
-    result = oracle(batch_of(METHYL))
-    assert result.ok.all(), result.status
-    assert torch.isfinite(result.energy).all()
-    # C3 symmetry of the planar radical: the force on carbon vanishes, up to DFT's coarse integration grid
-    tolerance = 0.05 if oracle.name == "dft" else 5e-3
-    torch.testing.assert_close(result.forces[0, 0], torch.zeros(3, dtype=result.forces.dtype), atol=tolerance, rtol=0)
-
-
-def test_two_hundred_atoms(oracle):
-    result = oracle(batch_of(alkane(66), WATER))
-    if oracle.name == "dft":  # hours, so that it has a limit
-        assert_failed(result, 0, 200, "200 atoms, over the limit of 60")
-    else:
-        assert result.ok[0], result.status
-        assert f_rms(result.forces[:1], torch.ones(1, 200).bool()) < 5.0
-    assert result.ok[1]
-
-
-def test_empty_batch(oracle):
-    calls = oracle.calls
-    result = oracle(MoleculeBatch(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, 3), torch.zeros(0, 5).bool()))
-    assert (result.energy.shape, result.forces.shape, result.ok.shape) == ((0,), (0, 5, 3), (0,))
-    assert result.status == ()
-    assert oracle.calls == calls + 1
-
-
-def test_molecule_without_atoms(oracle):
-    batch = MoleculeBatch(
-        torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, 3), torch.zeros(1, 3).bool(), check=False
-    )
-    assert oracle(batch).status == ("no atoms",)
-
-
-def test_batch_equals_single_for_mixed_sizes(oracle):
-    batch = batch_of(WATER, HYDROGEN, METHYL, WATER)
-    together = oracle(batch)
-    assert together.ok.all(), together.status
-    for i in range(len(batch)):
-        single = oracle(batch[i])
-        n = int(batch.sizes[i])
-        assert single.energy.item() == pytest.approx(together.energy[i].item(), abs=1e-5)
-        torch.testing.assert_close(single.forces[0, :n], together.forces[i, :n], atol=1e-5, rtol=0)
-        assert (together.forces[i, n:] == 0).all()
-
-
-def test_dtype_follows_the_input(oracle):
-    batch = batch_of(WATER, HYDROGEN)
-    double, single = oracle(batch.to(dtype=torch.float64)), oracle(batch.to(dtype=torch.float32))
-    assert (double.energy.dtype, double.forces.dtype) == (torch.float64, torch.float64)
-    assert (single.energy.dtype, single.forces.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(single.energy.double(), double.energy, atol=1e-3, rtol=0)
-    assert oracle(batch.to(dtype=torch.bfloat16)).energy.dtype == torch.float32
-
-
-def test_non_contiguous_input_and_gradients(oracle):
-    batch = batch_of(WATER, HYDROGEN)
-    strided = MoleculeBatch(
-        batch.numbers.t().contiguous().t(),
-        batch.positions.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_(),
-        batch.mask.t().contiguous().t(),
-    )
-    assert not strided.numbers.is_contiguous()
-    expected, result = oracle(batch), oracle(strided)
-    assert not result.energy.requires_grad
-    torch.testing.assert_close(result.forces, expected.forces, atol=1e-5, rtol=0)
-
-
-def test_counters(oracle):
-    oracle.reset_counters()
-    oracle(batch_of(WATER, BAD["nan"][0]))
-    oracle(batch_of(WATER))
-    assert (oracle.calls, oracle.molecules, oracle.failures) == (2, 3, 1)
-    assert oracle.seconds > 0
-
-
-def test_anything_but_a_batch_is_refused(oracle):
-    with pytest.raises(TypeError, match="expected a MoleculeBatch, got list"):
-        oracle([WATER])
 
 
 # ---------------------------------------------------------------------- limits, options
@@ -234,6 +70,8 @@ def test_xtb_does_two_hundred_atoms():
         ("dft", {"basis": "nope"}, "unknown basis set 'nope'"),
         ("dft", {"grid_level": 10}, "grid_level 0 to 9"),
         ("ase", {"calculator": 3}, "expected an ASE calculator"),
+        ("ase", {}, "missing a required argument: 'calculator'; expected calculator, elements"),
+        ("dft", {"chunk_size": 4}, "unexpected keyword argument 'chunk_size'; expected xc, .* atom_energies$"),
         ("ani", {"weights": "/does/not/exist"}, "no ANI-2x weights at /does/not/exist"),
         ("ani", {"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -361,22 +199,6 @@ def test_xtb_scf_failure_is_a_status_and_silent(capfd):
         result = xtb(batch_of(WATER))
     assert_failed(result, 0, 3, "tblite: SCF not converged in 2 cycles")
     assert capfd.readouterr() == ("", "")
-
-
-def test_xtb_survives_killed_workers():
-    with load_oracle("xtb", workers=2) as xtb:
-        before = xtb(batch_of(WATER))
-        for pid in list(xtb._pool._own._processes):
-            os.kill(pid, signal.SIGKILL)
-        after = xtb(batch_of(WATER, HYDROGEN))
-        assert after.ok.all(), after.status
-        assert after.energy[0] == before.energy[0]
-
-
-def test_xtb_timeout_is_a_status():
-    with load_oracle("xtb", workers=1, timeout=0.05) as xtb:
-        result = xtb(batch_of(alkane(66)))
-    assert_failed(result, 0, 200, "timeout: more than 0.05 s")
 
 
 def test_xtb_in_another_executor_gives_the_same_numbers():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from elign_lab.benchmarks.oracles import alkane
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
 from elign_lab.oracles._evaluation import Evaluation
@@ -55,29 +54,6 @@ def test_any_executor_gives_the_same_numbers_and_stays_open(kind, name):
     assert result.ok.all(), result.status
     torch.testing.assert_close(result.energy, plain.energy, atol=1e-6, rtol=0)
     assert given.molecules == 5
-
-
-SMALL_DFT = {"xc": "svwn", "basis": "sto-3g", "grid_level": 0}
-
-
-@pytest.mark.parametrize(("name", "options"), [("xtb", {}), ("dft", SMALL_DFT)])
-def test_own_workers_that_are_killed_are_replaced(name, options):
-    batch = MoleculeBatch.from_arrays([WATER] * 3).to(dtype=torch.float64)
-    with load_oracle(name, workers=2, **options) as oracle:
-        before = oracle(batch)
-        for pid in list(oracle._pool._own._processes):
-            os.kill(pid, signal.SIGKILL)
-        after = oracle(batch)
-    assert before.ok.all()
-    assert after.ok.all(), after.status
-    torch.testing.assert_close(after.energy, before.energy, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("name", "options"), [("xtb", {}), ("dft", SMALL_DFT)])
-def test_a_molecule_over_the_time_limit_is_a_status(name, options):
-    icosane = MoleculeBatch.from_arrays([alkane(20)])
-    with load_oracle(name, workers=1, timeout=0.01, max_atoms=None, **options) as oracle:
-        assert oracle(icosane).status == ("timeout: more than 0.01 s",)
 
 
 @pytest.fixture(scope="module")

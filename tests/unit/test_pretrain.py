@@ -8,7 +8,7 @@ import torch
 
 from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import DenoiserConfig
-from elign_lab.denoiser.pretrain import PretrainConfig, pretrain, validation_loss
+from elign_lab.denoiser.pretrain import PretrainConfig, _draw_times, pretrain, validation_loss
 from elign_lab.training import read_json_lines
 
 CONFIG = PretrainConfig(
@@ -28,8 +28,10 @@ def weights(path):
     return torch.cat([p.detach().reshape(-1) for p in load_model(path).parameters()])
 
 
-def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch):
-    pretrain(CONFIG, tmp_path / "quiet", progress=False)
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon", "early_share": 0.7}], ids=["adamw", "muon"])
+def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch, settings):
+    config = replace(CONFIG, **settings)
+    pretrain(config, tmp_path / "quiet", progress=False)
     import elign_lab.denoiser.pretrain as module
 
     original = module._train_step
@@ -41,10 +43,10 @@ def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch):
             return original(model, batch, step, *args)
 
         monkeypatch.setattr(module, "_train_step", interrupted)
-        pretrain(CONFIG, tmp_path / "rough", progress=False)
+        pretrain(config, tmp_path / "rough", progress=False)
         assert torch.load(tmp_path / "rough" / "checkpoint.pt", weights_only=True)["step"] == stop + 1
     monkeypatch.setattr(module, "_train_step", original)
-    model = pretrain(CONFIG, tmp_path / "rough", progress=False)
+    model = pretrain(config, tmp_path / "rough", progress=False)
     for name in ("quiet", "rough"):
         assert (tmp_path / name / "model.safetensors").exists()
     assert torch.equal(
@@ -73,3 +75,21 @@ def test_validation_loss_is_fixed(tmp_path):
     model = pretrain(replace(CONFIG, steps=1), tmp_path, progress=False)
     data = load_dataset("bundled", split="validation")
     assert validation_loss(model, data, 32) == validation_loss(model, data, 32)
+
+
+def test_early_times():
+    config = replace(CONFIG, early_share=0.7)
+    times = _draw_times(20_000, config, torch.Generator().manual_seed(0))
+    early = (times <= 300).double().mean()
+    assert abs(early - (0.7 + 0.3 * 301 / 1001)) < 0.015  # five standard errors
+    assert times.max() == 1000
+    assert times.min() == 0
+    uniform = _draw_times(64, CONFIG, torch.Generator().manual_seed(1))
+    assert torch.equal(uniform, torch.randint(0, 1001, (64,), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("field", [{"optimizer": "sgd"}, {"early_share": 1.5}])
+def test_unknown_settings_are_refused(field):
+    (name,) = field
+    with pytest.raises(ValueError, match=name):
+        replace(CONFIG, **field)
