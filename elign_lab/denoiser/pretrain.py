@@ -74,8 +74,8 @@ def edm_mini() -> PretrainConfig:
     """The small model that comes with the package."""
     return PretrainConfig(
         model=DenoiserConfig(features=96, layers=6),
-        steps=9_000,
-        decay=4_500,
+        steps=6_600,
+        decay=3_500,
         learning_rate=2e-3,
         optimizer="muon",
         early_share=0.7,

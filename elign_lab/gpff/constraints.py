@@ -7,6 +7,7 @@ over them before they are put back exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,31 @@ from torch import Tensor
 SWEEPS = 200
 TOLERANCE = 1e-4  # Angstrom, of distances and of regions; frozen atoms are exact
 _FREE_WEIGHT = 1e-3  # of the free atoms in laying a structure over the frozen ones: fixes what those leave open
+# Angstrom; two spheres push an atom between their centres to and fro on one line: a step aside lets it out
+_ASIDE = (0.04, 0.03, 0.02)
 
 
 @dataclass(frozen=True)
 class Sphere:
-    """A region that no free atom may enter: centre and radius in Angstrom."""
+    """A region that no free atom may enter: centre and radius in Angstrom.
 
-    centre: tuple[float, float, float]
+    Raises ValueError for a centre that is not three finite numbers, and a radius that is not positive and finite.
+    """
+
+    centre: tuple[float, ...]
     radius: float
 
     def __post_init__(self) -> None:
-        if not self.radius > 0:
-            raise ValueError(f"the radius of a forbidden sphere must be positive, got {self.radius} Angstrom")
+        if len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
+            raise ValueError(f"the centre of a forbidden sphere must be three finite numbers, got {self.centre}")
+        if not 0 < self.radius < math.inf:
+            raise ValueError(
+                f"the radius of a forbidden sphere must be positive and finite, got {self.radius} Angstrom"
+            )
+
+    def __str__(self) -> str:
+        place = ", ".join(f"{c:.2f}" for c in self.centre)
+        return f"sphere of {self.radius:g} Angstrom at ({place})"
 
 
 def pocket(numbers: Sequence[int], positions: Tensor, scale: float = 1.0) -> tuple[Sphere, ...]:
@@ -39,6 +53,14 @@ def pocket(numbers: Sequence[int], positions: Tensor, scale: float = 1.0) -> tup
             raise ValueError(f"no van der Waals radius is known for atomic number {int(z)}: give Spheres instead")
     centres = torch.as_tensor(positions).tolist()
     return tuple(Sphere((c[0], c[1], c[2]), scale * r) for c, r in zip(centres, radii, strict=True))
+
+
+def depth_inside(x: Tensor, forbidden: Iterable[Sphere]) -> Tensor:
+    """How deep the atoms of x (..., 3) lie in a forbidden region, (...) in Angstrom; 0 outside."""
+    depth = torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+    for sphere in forbidden:
+        depth = torch.maximum(depth, sphere.radius - (x - torch.tensor(sphere.centre).to(x)).norm(dim=-1))
+    return depth
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,22 +124,23 @@ class Constraints:
         if not self.distances and not self.forbidden:
             return x
         mobility = self.free.to(x)
-        for _ in range(SWEEPS):
+        for sweep in range(SWEEPS):
             for i, j, distance in self.distances:
                 self._restore(x, i, j, distance, mobility)
             for sphere in self.forbidden:
                 self._push_out(x, sphere, mobility)
             if self.violation(x) < TOLERANCE:
                 break
+            if sweep == SWEEPS // 4:
+                stuck = mobility * (depth_inside(x, self.forbidden) > TOLERANCE)
+                x += stuck.unsqueeze(-1) * x.new_tensor(_ASIDE)
         return x
 
     def violation(self, x: Tensor) -> float:
         """Largest error of a distance, or depth of a free atom in a region, in Angstrom; x (B, N, 3)."""
         gaps = [((x[:, i] - x[:, j]).norm(dim=-1) - d).abs().max() for i, j, d in self.distances]
-        free = self.free
-        for sphere in self.forbidden:
-            depth = sphere.radius - (x[:, free] - torch.tensor(sphere.centre).to(x)).norm(dim=-1)
-            gaps.append(depth.max().clamp(min=0))
+        if self.forbidden:
+            gaps.append(depth_inside(x, self.forbidden)[:, self.free].max())
         return float(torch.stack(gaps).max()) if gaps else 0.0
 
     def lay_over(self, structure: Tensor, x: Tensor) -> Tensor:
@@ -178,8 +201,9 @@ class Constraints:
                 )
         for sphere in self.forbidden:
             for k in sorted(frozen):
-                if float((self.reference[k] - torch.tensor(sphere.centre).to(self.reference)).norm()) < sphere.radius:
+                distance = float((self.reference[k] - torch.tensor(sphere.centre).to(self.reference)).norm())
+                # a run leaves atoms on the surface, up to the tolerance inside
+                if distance < sphere.radius - 10 * TOLERANCE:
                     raise ValueError(
-                        f"frozen atom {k} lies in the forbidden sphere at {sphere.centre} with radius {sphere.radius}: "
-                        "free the atom, or make the sphere smaller"
+                        f"frozen atom {k} lies in the forbidden {sphere}: free the atom, or make the sphere smaller"
                     )

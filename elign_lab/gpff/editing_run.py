@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from rdkit.Chem import MolToSmiles, RemoveHs
 
-from elign_lab.gpff.constraints import Constraints
 from elign_lab.gpff.editing_bonds import perceive, place
-from elign_lab.gpff.editing_state import EditorState, Structure, commit, open_molecule
+from elign_lab.gpff.editing_state import EditorState, Structure, commit, constraints_of, open_molecule
 from elign_lab.gpff.generate import ON_A_GRID, SIGMA_MIN, get_sampler, start_positions
 from elign_lab.gpff.model import PseudoForceField
 from elign_lab.gpff.record import ForceRecord
@@ -49,14 +48,13 @@ class RunSettings:
 def regenerate(model: PseudoForceField, structure: Structure, settings: RunSettings) -> Iterator[ForceRecord]:
     """Records of a run that keeps the frozen atoms and makes the others anew, from where they are plus noise.
 
-    Raises ValueError when all atoms are frozen, when the model cannot have the molecule, or for a sigma over its range.
+    Free atoms stay out of the forbidden regions. Raises ValueError when all atoms are frozen, when the model cannot
+    have the molecule, or for a sigma over its range.
     """
     start = model.check(structure.molecule)
     if settings.sigma > model.config.sigma_max:
         raise ValueError(f"sigma is {settings.sigma} Angstrom, over the model's range of {model.config.sigma_max}")
-    constraints = None
-    if structure.frozen:
-        constraints = Constraints(start.positions[0], frozen=tuple(sorted(structure.frozen)))
+    constraints = constraints_of(structure)
     noise = torch.Generator(model.device).manual_seed(settings.seed)
     task = SamplingTask(model, start.numbers, start.mask, constraints=constraints, generator=noise)
     x = start_positions(task, settings.sigma, start.positions)
@@ -65,7 +63,7 @@ def regenerate(model: PseudoForceField, structure: Structure, settings: RunSetti
 
 
 def accept(state: EditorState, result: MoleculeBatch, label: str = "regenerate") -> EditorState:
-    """The state with the result of a run in place of its structure; frozen and picked atoms stay.
+    """The state with the result of a run in place of its structure; frozen and picked atoms and regions stay.
 
     Bonds are those of the new geometry; where it has none (it is not valid), those of before. Raises ValueError for
     other atoms, and for a position that is not finite.

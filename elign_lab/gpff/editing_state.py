@@ -6,7 +6,7 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from rdkit.Chem import Mol, MolToMolBlock, MolToSmiles, RemoveHs
 
 from elign_lab.gpff import editing_bonds as bonds
 from elign_lab.gpff.compositions import check_elements
+from elign_lab.gpff.constraints import Constraints, Sphere
 from elign_lab.gpff.model import GPFFConfig
 from elign_lab.molecules import MoleculeBatch, atomic_number, symbol
 
@@ -22,13 +23,15 @@ from elign_lab.molecules import MoleculeBatch, atomic_number, symbol
 class Structure:
     """One molecule in the editor: atoms, places and bonds as an RDKit molecule, frozen and picked atoms.
 
-    label: what made it, for example "add hydroxyl".
+    label: what made it, for example "add hydroxyl"; forbidden: regions that no free atom may enter when it is made
+    anew, in the frame of its positions.
     """
 
     mol: Mol
     frozen: frozenset[int] = frozenset()
     picked: frozenset[int] = frozenset()
     label: str = ""
+    forbidden: tuple[Sphere, ...] = ()
 
     @property
     def n_atoms(self) -> int:
@@ -55,6 +58,17 @@ class EditorState:
     max_atoms: int
     past: tuple[Structure, ...] = ()
     future: tuple[Structure, ...] = ()
+
+
+def constraints_of(structure: Structure) -> Constraints | None:
+    """What the frozen atoms and the forbidden regions mean for a run; None without any.
+
+    Raises ValueError where they contradict each other.
+    """
+    if not structure.frozen and not structure.forbidden:
+        return None
+    frozen = tuple(sorted(structure.frozen))
+    return Constraints(structure.molecule.positions[0], frozen=frozen, forbidden=structure.forbidden)
 
 
 def open_molecule(molecule: MoleculeBatch | str, config: GPFFConfig) -> EditorState:
@@ -137,6 +151,40 @@ def freeze_rest(state: EditorState) -> EditorState:
     return _frozen(state, frozenset(range(state.structure.n_atoms)) - state.structure.picked, "freeze the rest")
 
 
+# ---------------------------------------------------------------------- forbidden regions
+def forbid(state: EditorState, radius: float, centre: Sequence[float] | None = None) -> EditorState:
+    """Forbid a sphere (Angstrom) to the free atoms: at `centre`, or one around the place of each picked atom.
+
+    The region stays where it is when its atom moves; free atoms inside leave it when they are made anew. Raises
+    ValueError for what Sphere refuses, a region that is forbidden already, a frozen atom inside, and regions that leave
+    an atom no way out.
+    """
+    if centre is None:
+        if not state.structure.picked:
+            raise ValueError("no atom is picked: pick the atoms whose places to forbid, or give a centre x, y, z")
+        x = state.structure.molecule.positions[0]
+        centres = [x[i].tolist() for i in sorted(state.structure.picked)]
+    else:
+        centres = [list(map(float, centre))]
+    new = tuple(Sphere(tuple(place), float(radius)) for place in centres)
+    for sphere in new:
+        if sphere in state.structure.forbidden:
+            raise ValueError(f"the {sphere} is forbidden already")
+    return _with_regions(state, state.structure.forbidden + new, f"forbid {len(new)} region{'s' * (len(new) > 1)}")
+
+
+def allow(state: EditorState, region: int | None = None) -> EditorState:
+    """Allow a forbidden region again, by its index in `structure.forbidden`; None: all. Raises ValueError for none."""
+    regions = state.structure.forbidden
+    if not regions:
+        raise ValueError("no region is forbidden: nothing to allow")
+    if region is None:
+        return _with_regions(state, (), "allow all regions")
+    if not 0 <= region < len(regions):
+        raise ValueError(f"no region {region} to allow: there are regions 0 to {len(regions) - 1}")
+    return _with_regions(state, regions[:region] + regions[region + 1 :], "allow 1 region")
+
+
 # ---------------------------------------------------------------------- history
 def commit(state: EditorState, structure: Structure) -> EditorState:
     """The state with a new structure; the present one becomes the last of the past."""
@@ -173,13 +221,23 @@ def _edited(state: EditorState, mol: Mol, label: str) -> EditorState:
     was = bonds.origins(mol)
     frozen = frozenset(k for k, i in enumerate(was) if i in state.structure.frozen)
     new = frozenset(k for k, i in enumerate(was) if i is None)
-    return commit(state, Structure(mol, frozen, new, label))
+    return commit(state, replace(state.structure, mol=mol, frozen=frozen, picked=new, label=label))
 
 
 def _frozen(state: EditorState, frozen: frozenset[int], label: str) -> EditorState:
     if len(frozen) == state.structure.n_atoms:
         raise ValueError(f"all {len(frozen)} atoms would be frozen, and nothing left to generate: keep one free")
-    return commit(state, replace(state.structure, frozen=frozen, label=label))
+    return _constrained(state, replace(state.structure, frozen=frozen, label=label))
+
+
+def _with_regions(state: EditorState, forbidden: tuple[Sphere, ...], label: str) -> EditorState:
+    return _constrained(state, replace(state.structure, forbidden=forbidden, label=label))
+
+
+def _constrained(state: EditorState, structure: Structure) -> EditorState:
+    """Accept a structure if its constraints do not contradict each other."""
+    constraints_of(structure)
+    return commit(state, structure)
 
 
 def _check_picked(state: EditorState, verb: str) -> None:

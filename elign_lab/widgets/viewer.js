@@ -9,12 +9,11 @@ const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253
 const TILT = [0.96, 0.0, 0.28, 0.11, 0.91, -0.39, -0.25, 0.41, 0.88];
 const ICONS = { play: "M4 2.5v11l9-5.5z", pause: "M4 2.5h3v11H4zM9 2.5h3v11H9z" };
 
-// ---------------------------------------------------------------- small linear algebra (row-major 3 x 3)
+// ---- small linear algebra (row-major 3 x 3)
 const unit = (v) => { const n = Math.hypot(...v); return v.map((c) => c / n); };
-const matmul = (a, b) => Array.from({ length: 9 }, (_, k) => {
-  const i = 3 * Math.floor(k / 3), j = k % 3;
-  return a[i] * b[j] + a[i + 1] * b[j + 3] + a[i + 2] * b[j + 6];
-});
+const matmul = (a, b) => [0, 3, 6].flatMap((i) => [0, 1, 2].map((j) => a[i] * b[j] + a[i + 1] * b[j + 3] + a[i + 2] * b[j + 6]));
+const times = (m, v) => [0, 3, 6].map((k) => m[k] * v[0] + m[k + 1] * v[1] + m[k + 2] * v[2]);
+const row = (array, i) => Array.from(array.subarray(3 * i, 3 * i + 3)); // of an atom
 const turn = (ax, ay) => matmul(
   [1, 0, 0, 0, Math.cos(ax), -Math.sin(ax), 0, Math.sin(ax), Math.cos(ax)],
   [Math.cos(ay), 0, Math.sin(ay), 0, 1, 0, -Math.sin(ay), 0, Math.cos(ay)],
@@ -22,7 +21,7 @@ const turn = (ax, ay) => matmul(
 const IDENTITY = turn(0, 0);
 const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
 
-// ---------------------------------------------------------------- light and colour
+// ---- light and colour
 const L = unit([-0.42, 0.58, 0.7]), H = unit([L[0], L[1], L[2] + 1]);
 function shade(x, y, z) { // light and gloss of a surface normal
   const diffuse = Math.max(0, x * L[0] + y * L[1] + z * L[2]);
@@ -37,7 +36,7 @@ function viridis(t) {
   return mix(VIRIDIS[k], VIRIDIS[k + 1], x - k);
 }
 
-// The shading of a ball is computed once; a sprite is that shading in one colour at one depth.
+// A sprite is the shading of a ball (computed once) in one colour at one depth.
 let ball = null;
 function ballMap() {
   const half = SPRITE / 2, r = half - 1, map = new Float32Array(3 * SPRITE * SPRITE);
@@ -56,8 +55,7 @@ function sprite(color, fog, ground) {
   if (canvas) return canvas;
   if (sprites.size > 500) sprites.clear();
   ball ??= ballMap();
-  canvas = document.createElement("canvas");
-  canvas.width = canvas.height = SPRITE;
+  canvas = tag("canvas", { width: SPRITE, height: SPRITE });
   const ctx = canvas.getContext("2d"), image = ctx.createImageData(SPRITE, SPRITE), f = fogged(fog);
   for (let at = 0, to = 0; at < ball.length; at += 3, to += 4) {
     for (let k = 0; k < 3; k++) {
@@ -75,29 +73,25 @@ const fogged = (level) => (0.5 * level) / (FOG_LEVELS - 1);
 let haloSprite = null;
 function halo() { // soft dark ring: a contact shadow on whatever lies behind
   if (haloSprite) return haloSprite;
-  haloSprite = document.createElement("canvas");
-  haloSprite.width = haloSprite.height = 96;
+  haloSprite = tag("canvas", { width: 96, height: 96 });
   const ctx = haloSprite.getContext("2d"), g = ctx.createRadialGradient(48, 48, 48 / HALO * 0.9, 48, 48, 48);
-  g.addColorStop(0, "rgba(8,12,20,.42)");
-  g.addColorStop(0.5, "rgba(8,12,20,.14)");
-  g.addColorStop(1, "rgba(8,12,20,0)");
+  for (const [at, alpha] of [[0, 0.42], [0.5, 0.14], [1, 0]]) g.addColorStop(at, `rgba(8,12,20,${alpha})`);
   ctx.fillStyle = g;
   ctx.fillRect(0, 0, 96, 96);
   return haloSprite;
 }
 
-// ---------------------------------------------------------------- frames
+// ---- frames
 function decode(item, floats, offset, tables) {
   const [, , n, forced, k, label] = item, take = (count) => floats.subarray(offset, (offset += count));
-  const frame = { n, label, numbers: take(n), x: take(3 * n), forces: forced ? take(3 * n) : null, types: k ? take(k * n) : null, k };
+  const frame = { n, label, numbers: take(n), x: take(3 * n), forces: forced && take(3 * n), types: k && take(k * n), k };
   frame.ball = Array.from(frame.numbers, (z) => 0.17 + 0.31 * tables.radii[z]);
-  frame.finite = Array.from({ length: n }, (_, i) => [0, 1, 2].every((c) => Number.isFinite(frame.x[3 * i + c])));
-  frame.bad = frame.finite.filter((ok) => !ok).length;
-  const center = [0, 0, 0];
-  for (let i = 0; i < n; i++) if (frame.finite[i]) for (let c = 0; c < 3; c++) center[c] += frame.x[3 * i + c] / (n - frame.bad);
-  frame.center = center;
+  frame.finite = Array.from({ length: n }, (_, i) => row(frame.x, i).every(Number.isFinite));
+  const good = [...frame.finite.keys()].filter((i) => frame.finite[i]);
+  frame.bad = n - good.length;
+  frame.center = [0, 1, 2].map((c) => good.reduce((sum, i) => sum + frame.x[3 * i + c] / good.length, 0));
   if (frame.forces) {
-    frame.norms = Array.from({ length: n }, (_, i) => Math.hypot(...frame.forces.subarray(3 * i, 3 * i + 3)));
+    frame.norms = Array.from({ length: n }, (_, i) => Math.hypot(...row(frame.forces, i)));
     frame.fmax = Math.max(0, ...frame.norms.filter(Number.isFinite));
   }
   return [frame, offset];
@@ -117,8 +111,8 @@ function extent(frame, rotation) { // half width, half height and radius of a fr
   const e = [1.2, 1.2, 1.5];
   for (let i = 0; i < frame.n; i++) {
     if (!frame.finite[i]) continue;
-    const d = [0, 1, 2].map((c) => frame.x[3 * i + c] - frame.center[c]), r = frame.ball[i];
-    for (let a = 0; a < 2; a++) e[a] = Math.max(e[a], r + Math.abs(d[0] * rotation[3 * a] + d[1] * rotation[3 * a + 1] + d[2] * rotation[3 * a + 2]));
+    const d = row(frame.x, i).map((v, c) => v - frame.center[c]), seen = times(rotation, d), r = frame.ball[i];
+    for (let a = 0; a < 2; a++) e[a] = Math.max(e[a], r + Math.abs(seen[a]));
     e[2] = Math.max(e[2], r + Math.hypot(...d));
   }
   return e;
@@ -150,8 +144,7 @@ function createStore(model) {
       panel.frames[index] = frame;
       panel.extents[index] = extent(frame, store.rotation(p));
     }
-    store.fit = null;
-    store.force = null;
+    store.fit = store.force = null;
   };
   store.extents = () => { // fits every frame, except a few that flew apart
     if (store.fit) return store.fit;
@@ -166,7 +159,7 @@ function createStore(model) {
     return model.get("force_max") ?? (store.force ??= median(peaks()) || 1);
   };
   store.has = (what) => store.panels.some((panel) => panel?.frames.some((f) => f?.[what]));
-  store.go = (index, quiet = false) => {
+  store.go = (index, quiet) => {
     const last = store.total() - 1, frame = Math.max(0, Math.min(last, index));
     model.set({ frame, follow: frame === last });
     if (!quiet) model.save_changes();
@@ -177,23 +170,24 @@ function createStore(model) {
     model.set("last_error", `${error}`);
     model.save_changes();
   };
-  // Each drag waits for the answer to the one before; only a drag that ends is never left out.
-  const drags = { queue: [], timer: 0, owed: false };
-  store.drag = (drag) => {
-    if (drags.queue.at(-1)?.done === false) drags.queue.pop();
-    drags.queue.push(drag);
-    sendDrag();
-  };
-  store.grab = () => { drags.owed = false; }; // an answer that was lost holds up no later drag
-  function sendDrag() {
-    if (drags.timer || drags.owed || !drags.queue.length) return;
-    model.send(drags.queue.shift());
-    drags.owed = true;
-    drags.timer = setTimeout(() => { drags.timer = 0; sendDrag(); }, DRAG_MS);
+  // A drag waits for the answer to the one before and for DRAG_MS; meanwhile a newer one takes its place.
+  const queue = [];
+  let waits = 0;
+  const goOn = () => { waits--; send(); };
+  function send() {
+    if (waits > 0 || !queue.length) return;
+    waits = 2;
+    model.send(queue.shift());
+    setTimeout(goOn, DRAG_MS);
   }
+  store.drag = (drag) => {
+    if (queue.at(-1)?.done === false) queue.pop();
+    queue.push(drag);
+    send();
+  };
   model.on("msg:custom", (message, buffers) => {
     try {
-      if (message.kind === "dragged") { drags.owed = false; sendDrag(); }
+      if (message.kind === "dragged") goOn();
       if (message.kind === "clear") Object.assign(store, { panels: [], counts: [], fit: null, force: null });
       if (message.kind === "frames") {
         const following = model.get("follow");
@@ -226,7 +220,7 @@ function createStore(model) {
   return store;
 }
 
-// ---------------------------------------------------------------- drawing
+// ---- drawing
 function colorsOf(frame, mode, store, types) {
   const limit = mode === "force" ? store.forceMax() : 0, key = `${mode}/${limit}`;
   if (frame.colorKey === key) return frame.colors;
@@ -241,6 +235,15 @@ function colorsOf(frame, mode, store, types) {
   return frame.colors;
 }
 
+function line(ctx, a, b, color, width) {
+  ctx.beginPath();
+  ctx.moveTo(a.x, a.y);
+  ctx.lineTo(b.x, b.y);
+  ctx.strokeStyle = color;
+  ctx.lineWidth = width;
+  ctx.stroke();
+}
+
 function stick(ctx, from, to, u, color, camera, fog) {
   const a = camera.project(from), b = camera.project(to), dx = b.x - a.x, dy = b.y - a.y, length = Math.hypot(dx, dy);
   if (length < 0.4) return;
@@ -253,12 +256,7 @@ function stick(ctx, from, to, u, color, camera, fog) {
     gradient.addColorStop((t + 1) / 2, css(mix(color.map((v) => v * light * gain(camera.ground) + gloss), camera.ground, fogged(fog))));
   }
   ctx.globalCompositeOperation = "source-atop"; // only on what is already drawn, that is, behind
-  ctx.strokeStyle = "rgba(8,12,20,.16)";
-  ctx.lineWidth = 3.4 * w;
-  ctx.beginPath();
-  ctx.moveTo(a.x, a.y);
-  ctx.lineTo(b.x, b.y);
-  ctx.stroke();
+  line(ctx, a, b, "rgba(8,12,20,.16)", 3.4 * w);
   ctx.globalCompositeOperation = "source-over";
   ctx.fillStyle = gradient;
   ctx.beginPath();
@@ -267,7 +265,6 @@ function stick(ctx, from, to, u, color, camera, fog) {
   const over = 0.4 / length; // hides the seam between the two halves
   ctx.lineTo(b.x + nx * -wb + dx * over, b.y + ny * -wb + dy * over);
   ctx.lineTo(b.x + nx * wb + dx * over, b.y + ny * wb + dy * over);
-  ctx.closePath();
   ctx.fill();
 }
 
@@ -275,17 +272,12 @@ function arrow(ctx, a, b) {
   const dx = b.x - a.x, dy = b.y - a.y, length = Math.hypot(dx, dy);
   if (length < 3) return;
   const ux = dx / length, uy = dy / length, head = Math.min(9, 0.6 * length), w = head * 0.45;
-  ctx.beginPath();
-  ctx.moveTo(a.x, a.y);
-  ctx.lineTo(b.x - ux * head, b.y - uy * head);
-  ctx.strokeStyle = ARROW;
-  ctx.lineWidth = 2.4;
-  ctx.stroke();
+  const neck = { x: b.x - ux * head, y: b.y - uy * head };
+  line(ctx, a, neck, ARROW, 2.4);
   ctx.beginPath();
   ctx.moveTo(b.x, b.y);
-  ctx.lineTo(b.x - ux * head - uy * w, b.y - uy * head + ux * w);
-  ctx.lineTo(b.x - ux * head + uy * w, b.y - uy * head - ux * w);
-  ctx.closePath();
+  ctx.lineTo(neck.x - uy * w, neck.y + ux * w);
+  ctx.lineTo(neck.x + uy * w, neck.y - ux * w);
   ctx.fillStyle = ARROW;
   ctx.fill();
 }
@@ -299,7 +291,7 @@ function ring(ctx, { x, y, r }, color) {
 }
 
 function drawMolecule(ctx, frame, colors, camera, options) { // returns the atoms on the screen, back to front
-  const at = (i) => camera.view([0, 1, 2].map((c) => frame.x[3 * i + c] - options.center[c]));
+  const at = (i) => camera.turn(row(frame.x, i).map((v, c) => v - options.center[c]));
   const points = Array.from({ length: frame.n }, (_, i) => (frame.finite[i] ? at(i) : null));
   const items = [], hits = [], add = (z, paint) => items.push({ z, paint });
   points.forEach((p, i) => p && add(p[2], () => {
@@ -315,14 +307,17 @@ function drawMolecule(ctx, frame, colors, camera, options) { // returns the atom
     const a = points[i], b = points[j], d = b.map((c, k) => c - a[k]), length = Math.hypot(...d), u = d.map((c) => c / length);
     const point = (s) => a.map((c, k) => c + u[k] * s), middle = length / 2;
     const start = Math.sqrt(frame.ball[i] ** 2 - STICK ** 2), end = length - Math.sqrt(frame.ball[j] ** 2 - STICK ** 2);
-    const half = (s, t, color) => t > s && add(a[2] + (u[2] * (s + t)) / 2, () => stick(ctx, point(s), point(t), u, color, camera, camera.fog(a[2] + (u[2] * (s + t)) / 2)));
+    const half = (s, t, color) => {
+      const z = a[2] + (u[2] * (s + t)) / 2;
+      if (t > s) add(z, () => stick(ctx, point(s), point(t), u, color, camera, camera.fog(z)));
+    };
     half(start, Math.max(start, Math.min(middle, end)), colors[i]);
     half(Math.min(middle, end), end, colors[j]);
   }
   if (options.arrows && frame.forces) points.forEach((p, i) => {
-    const f = [0, 1, 2].map((c) => frame.forces[3 * i + c]), size = frame.norms[i];
+    const size = frame.norms[i];
     if (!p || !(size > 0) || size === Infinity) return;
-    const long = frame.ball[i] + 1.3 * Math.min(1.5, size / options.forceMax), v = camera.turn(f).map((c) => c / size);
+    const long = frame.ball[i] + 1.3 * Math.min(1.5, size / options.forceMax), v = camera.turn(row(frame.forces, i)).map((c) => c / size);
     const tip = p.map((c, k) => c + v[k] * long), foot = p.map((c, k) => c + v[k] * frame.ball[i] * 0.9);
     add((tip[2] + p[2]) / 2 + 1e-3, () => arrow(ctx, camera.project(foot), camera.project(tip)));
   });
@@ -330,7 +325,7 @@ function drawMolecule(ctx, frame, colors, camera, options) { // returns the atom
   return hits;
 }
 
-// ---------------------------------------------------------------- page elements
+// ---- page elements
 function tag(name, attributes = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -340,27 +335,21 @@ function tag(name, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
-function icon(path) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), shape = svg.appendChild(document.createElementNS(svg.namespaceURI, "path"));
-  svg.setAttribute("viewBox", "0 0 16 16");
-  svg.setAttribute("aria-hidden", "true");
-  shape.setAttribute("d", path);
-  return svg;
-}
+const icon = (path) => `<svg viewBox="0 0 16 16" aria-hidden="true"><path d="${path}"/></svg>`;
 function formula(frame, symbols) {
   const count = {};
   for (const z of frame.numbers) count[symbols[z]] = (count[symbols[z]] ?? 0) + 1;
-  const order = Object.keys(count).sort((a, b) => (b === "C") - (a === "C") || (count.C ? (b === "H") - (a === "H") : 0) || (a < b ? -1 : 1));
+  const rank = (s) => (count.C && { C: "0", H: "1" }[s]) || s, order = Object.keys(count).sort((a, b) => (rank(a) < rank(b) ? -1 : 1));
   return order.map((s) => s + (count[s] > 1 ? count[s] : "")).join("");
 }
 
 function createView(store, model, el) {
   const camera = { rotation: IDENTITY, zoom: 1, fit: null };
   let grab = null; // the atom that is being dragged
-  const set = (name, value) => { model.set(name, value); model.save_changes(); };
-  const play = tag("button", { type: "button", class: "elv-play", onclick: () => set("playing", !model.get("playing")) });
-  const slider = tag("input", { type: "range", min: 0, step: 1, class: "elv-slider", "aria-label": "frame", oninput: () => {
-    if (model.get("playing")) model.set("playing", false);
+  const get = (name) => model.get(name), set = (name, value) => { model.set(name, value); model.save_changes(); };
+  const play = tag("button", { type: "button", class: "elv-play", onclick: () => set("playing", !get("playing")) });
+  const slider = tag("input", { type: "range", class: "elv-slider", "aria-label": "frame", oninput: () => {
+    if (get("playing")) model.set("playing", false);
     store.go(+slider.value);
   } });
   const counter = tag("output", { class: "elv-counter" });
@@ -375,9 +364,8 @@ function createView(store, model, el) {
   const heading = tag("div", { class: "elv-title" }), stage = tag("div", { class: "elv-stage" });
   const bar = tag("div", { class: "elv-bar" }, play, slider, counter, mode, arrowBox);
   const root = tag("div", { class: "elv", "data-lm-suppress-shortcuts": "true" }, heading, stage, bar, alert);
-  const titles = model.get("_titles");
-  stage.style.gridTemplateColumns = `repeat(${model.get("_columns")}, minmax(0, 1fr))`;
-  const panels = titles.map((title, p) => {
+  stage.style.gridTemplateColumns = `repeat(${get("_columns")}, minmax(0, 1fr))`;
+  const panels = get("_titles").map((title, p) => {
     const canvas = tag("canvas", { tabindex: 0, role: "img" }), caption = tag("div", { class: "elv-caption" }), label = tag("div", { class: "elv-label", "aria-live": "polite" });
     const panel = { title, p, canvas, caption, label, hits: [], ctx: canvas.getContext("2d"), box: tag("div", { class: "elv-panel" }, canvas, caption, label) };
     stage.append(panel.box);
@@ -392,43 +380,41 @@ function createView(store, model, el) {
   const rotate = (ax, ay) => { camera.rotation = matmul(turn(ax, ay), camera.rotation); invalidate(); };
 
   function listen(panel) {
-    const { canvas } = panel;
+    const { canvas } = panel, on = (name, act, options) => canvas.addEventListener(name, act, options);
     let last = null, moved = 0;
     const tell = (done) => store.drag({ kind: "drag", panel: panel.p, frame: grab.frame, atom: grab.i, position: grab.to, done });
-    canvas.addEventListener("pointerdown", (event) => {
+    on("pointerdown", (event) => {
       if (!event.isPrimary) return;
       canvas.setPointerCapture(event.pointerId);
       last = [event.clientX, event.clientY];
       moved = 0;
-      const hit = model.get("draggable") && !event.button && under(panel, event);
-      if (!hit) return;
-      store.grab();
-      grab = { ...hit, panel, frame: Math.min(model.get("frame"), store.panels[panel.p].frames.length - 1), off: [hit.x - event.offsetX, hit.y - event.offsetY] };
+      const hit = get("draggable") && !event.button && under(panel, event);
+      grab = hit && { ...hit, panel, frame: get("frame") };
     });
-    canvas.addEventListener("pointermove", (event) => {
-      if (!last) canvas.style.cursor = model.get("draggable") && under(panel, event) ? "move" : "";
+    on("pointermove", (event) => {
+      if (!last) canvas.style.cursor = get("draggable") && under(panel, event) ? "move" : "";
       if (!last || !event.isPrimary) return;
       const dx = event.clientX - last[0], dy = event.clientY - last[1];
       moved += Math.abs(dx) + Math.abs(dy);
       last = [event.clientX, event.clientY];
-      if (!grab) rotate(dy * 0.009, dx * 0.009);
-      else if (moved >= 5) {
-        [grab.x, grab.y] = [event.offsetX + grab.off[0], event.offsetY + grab.off[1]];
-        grab.to = lens(panel, canvas.clientWidth, canvas.clientHeight).place(grab);
-        if (model.get("selected") !== grab.i) set("selected", grab.i);
-        tell(false);
-        invalidate();
-      }
+      if (!grab) return rotate(dy * 0.009, dx * 0.009);
+      grab.x += dx;
+      grab.y += dy;
+      if (moved < 5) return;
+      grab.to = lens(panel).place(grab);
+      if (get("selected") !== grab.i) set("selected", grab.i);
+      tell(false);
+      invalidate();
     });
-    canvas.addEventListener("pointerup", (event) => { if (moved < 5 && event.isPrimary) pick(panel, event); });
-    canvas.addEventListener("lostpointercapture", () => { // let go, or cancelled
+    on("pointerup", (event) => { if (moved < 5) pick(panel, event); });
+    on("lostpointercapture", () => { // let go, or cancelled
       if (grab?.to) tell(true);
       last = grab = null;
       invalidate();
     });
-    canvas.addEventListener("dblclick", () => home());
-    canvas.addEventListener("wheel", (event) => { event.preventDefault(); zoomBy(Math.exp(-event.deltaY * 0.0012)); }, { passive: false });
-    canvas.addEventListener("keydown", (event) => {
+    on("dblclick", () => home());
+    on("wheel", (event) => { event.preventDefault(); zoomBy(Math.exp(-event.deltaY * 0.0012)); }, { passive: false });
+    on("keydown", (event) => {
       const action = { ArrowLeft: () => rotate(0, -0.12), ArrowRight: () => rotate(0, 0.12), ArrowUp: () => rotate(-0.12, 0), ArrowDown: () => rotate(0.12, 0),
         "+": () => zoomBy(1.15), "=": () => zoomBy(1.15), "-": () => zoomBy(1 / 1.15), 0: home, Escape: () => set("selected", null) }[event.key];
       if (action) { action(); event.preventDefault(); }
@@ -438,7 +424,7 @@ function createView(store, model, el) {
     if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // JupyterLab would take the slider's arrow keys
     if (event.key !== " " || /^(BUTTON|SELECT)$/.test(event.target.tagName) || event.target === arrows) return;
     event.preventDefault();
-    if (store.total() > 1) set("playing", !model.get("playing"));
+    if (store.total() > 1) set("playing", !get("playing"));
   });
   const under = (panel, event) => panel.hits.findLast((h) => Math.hypot(h.x - event.offsetX, h.y - event.offsetY) <= h.r);
   function pick(panel, event) {
@@ -447,45 +433,41 @@ function createView(store, model, el) {
     model.send({ kind: "pick", atom });
   }
 
-  function lens(panel, width, height, ground) { // camera of one panel: rotate, then a mild perspective
-    const rotation = matmul(camera.rotation, store.rotation(panel.p)), [ex, ey, radius] = camera.fit;
+  function lens({ canvas, p }, ground) { // camera of one panel: rotate, then a mild perspective
+    const rotation = matmul(camera.rotation, store.rotation(p)), width = canvas.clientWidth, height = canvas.clientHeight, [ex, ey, radius] = camera.fit;
     const scale = camera.zoom * 0.93 * Math.min(width / (2 * ex), height / (2 * ey), (1.5 * Math.min(width, height)) / (2 * radius), 62);
-    const far = 5 * radius + 8;
-    const turned = (v) => [0, 3, 6].map((k) => rotation[k] * v[0] + rotation[k + 1] * v[1] + rotation[k + 2] * v[2]);
-    const scaled = (z) => (scale * far) / Math.max(1, far - z);
+    const far = 5 * radius + 8, scaled = (z) => (scale * far) / Math.max(1, far - z);
     return {
-      ground, turn: turned, view: turned,
+      ground, turn: (v) => times(rotation, v),
       project: ([x, y, z]) => { const s = scaled(z); return { x: width / 2 + x * s, y: height / 2 - y * s, scale: s }; },
       place: ({ x, y, z }) => { // where in Angstrom a point of the screen is, at a given depth
         const s = scaled(z), v = [(x - width / 2) / s, (height / 2 - y) / s, z];
-        return store.panels[panel.p].center.map((c, k) => c + rotation[k] * v[0] + rotation[k + 3] * v[1] + rotation[k + 6] * v[2]);
+        return store.at(p, get("frame")).center.map((c, k) => c + rotation[k] * v[0] + rotation[k + 3] * v[1] + rotation[k + 6] * v[2]);
       },
       fog: (z) => Math.round((FOG_LEVELS - 1) * Math.max(0, Math.min(1, (radius - z) / (2 * radius)))),
     };
   }
-  const rotationCenter = (frame) => frame?.center ?? store.reference?.center;
 
   function drawPanel(panel, ground) {
-    const { canvas, ctx } = panel, ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
+    const { canvas, ctx } = panel, ratio = devicePixelRatio, width = canvas.clientWidth, height = canvas.clientHeight;
     if (!width || !height) return;
     const size = [Math.round(width * ratio), Math.round(height * ratio)];
     if (canvas.width !== size[0] || canvas.height !== size[1]) [canvas.width, canvas.height] = size;
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     ctx.clearRect(0, 0, width, height);
-    const frame = store.at(panel.p, model.get("frame")), tables = store.tables;
+    const frame = store.at(panel.p, get("frame")), tables = store.tables;
     panel.hits = [];
-    const center = rotationCenter(frame);
-    const view = lens(panel, width, height, ground);
+    const center = frame?.center ?? store.reference?.center, view = lens(panel, ground);
     if (frame) {
-      const options = { bonds: model.get("_bonds"), tables, center, arrows: model.get("arrows"), forceMax: store.forceMax() };
-      panel.hits = drawMolecule(ctx, frame, colorsOf(frame, model.get("color_by"), store, model.get("_types")), view, options);
+      const options = { bonds: get("_bonds"), tables, center, arrows: get("arrows"), forceMax: store.forceMax() };
+      panel.hits = drawMolecule(ctx, frame, colorsOf(frame, get("color_by"), store, get("_types")), view, options);
     }
     if (store.reference) ghost(ctx, store.reference, view, center, [width, height, ratio]);
     caption(panel, frame);
     select(panel, frame);
     if (grab?.to && grab.panel === panel) ring(ctx, grab, ACCENT); // the atom itself follows with the answer
   }
-  const spare = document.createElement("canvas");
+  const spare = tag("canvas");
   function ghost(ctx, frame, view, center, [width, height, ratio]) { // drawn apart, then laid over as one translucent layer
     [spare.width, spare.height] = [width * ratio, height * ratio];
     const layer = spare.getContext("2d");
@@ -503,20 +485,19 @@ function createView(store, model, el) {
     panel.caption.replaceChildren(...parts.map((text) => tag("span", {}, text)), ...(bad ? [tag("span", { class: "elv-bad" }, bad)] : []));
     panel.caption.hidden = !parts.length && !bad;
     const what = frame ? `${formula(frame, store.tables.symbols)}, ${frame.n} atoms` : "no frame yet";
-    const spoken = `${[...parts, what].join(", ")}. Drag or arrow keys rotate${model.get("draggable") ? " (on an atom, a drag moves it)" : ""}, wheel or + and - zoom, click picks an atom.`;
-    if (panel.canvas.getAttribute("aria-label") !== spoken) panel.canvas.setAttribute("aria-label", spoken);
+    panel.canvas.setAttribute("aria-label", `${[...parts, what].join(", ")}. Drag or arrow keys rotate${get("draggable") ? " (on an atom, a drag moves it)" : ""}, wheel or + and - zoom, click picks an atom.`);
     panel.box.classList.toggle("elv-empty", !frame);
   }
   function select(panel, frame) {
-    const { label } = panel, hit = panel.hits.find((h) => h.i === model.get("selected"));
-    for (const [color, atoms] of Object.entries(model.get("marks"))) panel.hits.filter((h) => atoms.includes(h.i)).forEach((h) => ring(panel.ctx, h, color));
+    const { label } = panel, hit = panel.hits.find((h) => h.i === get("selected"));
+    for (const [color, atoms] of Object.entries(get("marks"))) panel.hits.filter((h) => atoms.includes(h.i)).forEach((h) => ring(panel.ctx, h, color));
     label.hidden = !hit;
     if (!hit) return;
     ring(panel.ctx, hit, ACCENT);
-    const { i } = hit, lines = [`${store.tables.symbols[frame.numbers[i]]} ${i}`, `(${Array.from(frame.x.subarray(3 * i, 3 * i + 3), (c) => c.toFixed(3)).join(", ")}) Å`];
-    if (frame.norms) lines.push(`|F| ${frame.norms[i].toPrecision(3)} eV/Å`);
+    const { i } = hit, lines = [`${store.tables.symbols[frame.numbers[i]]} ${i}`, `(${row(frame.x, i).map((c) => c.toFixed(3)).join(", ")}) Å`];
+    if (frame.norms?.[i] >= 0) lines.push(`|F| ${frame.norms[i].toPrecision(3)} eV/Å`);
     if (frame.types) {
-      const share = Array.from(frame.types.subarray(i * frame.k, (i + 1) * frame.k), (w, t) => [w, store.tables.symbols[model.get("_types")[t]]]);
+      const share = Array.from(frame.types.subarray(i * frame.k, (i + 1) * frame.k), (w, t) => [w, store.tables.symbols[get("_types")[t]]]);
       lines.push(share.sort((a, b) => b[0] - a[0]).slice(0, 3).map(([w, s]) => `${s} ${Math.round(100 * w)} %`).join("  "));
     }
     const text = lines.join("\n");
@@ -524,33 +505,34 @@ function createView(store, model, el) {
   }
 
   function controls() {
-    const total = store.total(), frame = Math.min(model.get("frame"), Math.max(0, total - 1)), playing = model.get("playing");
-    const modes = ["element", ...(store.has("forces") ? ["force"] : []), ...(store.has("types") ? ["type"] : [])];
+    const total = store.total(), frame = Math.min(get("frame"), Math.max(0, total - 1));
+    const modes = ["element", ...["force", "type"].filter((name) => store.has(`${name}s`))];
     if (modes.join() !== mode.dataset.modes) {
       mode.replaceChildren(...modes.map((name) => tag("option", { value: name }, `by ${name}`)));
       mode.dataset.modes = modes.join();
     }
-    mode.value = modes.includes(model.get("color_by")) ? model.get("color_by") : "element";
+    mode.value = modes.includes(get("color_by")) ? get("color_by") : "element";
     mode.hidden = modes.length < 2;
     arrowBox.hidden = !modes.includes("force");
-    arrows.checked = model.get("arrows");
+    arrows.checked = get("arrows");
     play.hidden = slider.hidden = counter.hidden = total < 2;
     bar.hidden = total < 2 && modes.length < 2;
-    const verb = playing ? "pause" : "play";
-    if (play.dataset.verb !== verb) { play.replaceChildren(icon(ICONS[verb])); play.setAttribute("aria-label", verb); play.dataset.verb = verb; }
+    const verb = get("playing") ? "pause" : "play";
+    if (play.getAttribute("aria-label") !== verb) { play.innerHTML = icon(ICONS[verb]); play.setAttribute("aria-label", verb); }
     slider.max = Math.max(0, total - 1);
     slider.value = frame;
     slider.style.setProperty("--done", `${total > 1 ? (100 * frame) / (total - 1) : 0}%`);
-    slider.setAttribute("aria-valuetext", `${frame + 1} of ${total}${store.at(0, frame)?.label ? `, ${store.at(0, frame).label}` : ""}`);
+    slider.setAttribute("aria-valuetext", [`${frame + 1} of ${total}`, store.at(0, frame)?.label].filter(Boolean).join(", "));
     counter.textContent = `${frame + 1} / ${total}`;
     legend.hidden = mode.value !== "force";
     legendText.textContent = `≥ ${store.forceMax().toPrecision(2)} eV/Å`;
-    heading.textContent = model.get("title");
-    heading.hidden = !model.get("title");
-    message.textContent = model.get("last_error");
-    alert.hidden = !model.get("last_error");
-    Object.assign(root.dataset, { frame, frames: total, error: model.get("last_error") });
-    stage.style.setProperty("--elv-height", `${model.get("height")}px`);
+    heading.textContent = get("title");
+    heading.hidden = !get("title");
+    const error = get("last_error");
+    message.textContent = error;
+    alert.hidden = !error;
+    Object.assign(root.dataset, { frame, frames: total, error });
+    stage.style.setProperty("--elv-height", `${get("height")}px`);
   }
 
   let queued = 0, failed = false;
@@ -577,7 +559,7 @@ function createView(store, model, el) {
   const resized = new ResizeObserver(invalidate), themed = new MutationObserver(() => setTimeout(invalidate, 60));
   resized.observe(stage);
   themed.observe(document.body, { attributes: true });
-  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  const scheme = matchMedia("(prefers-color-scheme: dark)");
   scheme.addEventListener("change", invalidate);
   invalidate();
   return () => {

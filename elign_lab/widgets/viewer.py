@@ -373,7 +373,7 @@ class MoleculeViewer(anywidget.AnyWidget):
             self._report(error)
 
     def _dragged(self, content: dict[str, Any]) -> None:
-        """Move the atom and tell the callbacks. A message that makes no sense is shown as an error and moves nothing."""
+        """Move the atom and tell the callbacks; a bad message moves nothing and is shown as an error."""
         try:
             drag = self._read_drag(content)
             with self._lock:
@@ -395,8 +395,9 @@ class MoleculeViewer(anywidget.AnyWidget):
             raise ValueError("a drag in a view that is not draggable: make it with draggable=True")
         panel, frame, atom = (content.get(name) for name in ("panel", "frame", "atom"))
         trajectory = self._trajectories[panel] if _is_index(panel, len(self._trajectories)) else []
-        if not _is_index(frame, len(trajectory)):
+        if not trajectory or not _is_index(frame, self.n_frames):
             raise ValueError(f"a drag in panel {panel}, frame {frame}, which is not there: nothing was moved")
+        frame = min(frame, len(trajectory) - 1)  # a shorter trajectory stays on its last frame
         n = len(trajectory[frame].numbers)
         if not _is_index(atom, n):
             raise ValueError(f"a drag of atom {atom}: expected 0 to {n - 1}; nothing was moved")

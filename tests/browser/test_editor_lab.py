@@ -28,6 +28,14 @@ editor
 """
 SLOW_MS = 300_000
 PICKED = "print([editor.state.structure.mol.GetAtomWithIdx(i).GetSymbol() for i in editor.state.structure.picked])"
+# pixels of the view in the colour of what is laid over a molecule
+GHOSTS = """
+const canvas = document.querySelector(".elp .elv canvas");
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+let ghosts = 0;
+for (let at = 0; at < data.length; at += 4)
+    ghosts += data[at + 3] > 0 && data[at + 1] - data[at] > 40 && data[at + 1] - data[at + 2] > 5;
+"""
 FORMULA = "print(editor.state.structure.molecule.formula(0))"
 
 
@@ -143,3 +151,22 @@ def test_editor(notebook):
         "print(editor.state.structure.mol is old.structure.mol, len(editor.state.past) == len(old.past))", "True True"
     )
     nb.picture("editor_refused")
+
+    # a forbidden region: listed, drawn over the molecule, and allowed again
+    assert nb.page.evaluate(f"() => {{ {GHOSTS} return ghosts; }}") < 100
+    nb.page.get_by_placeholder("x, y, z, or picked atoms").fill("0, 0, 0")
+    nb.page.get_by_label("radius (Å)").fill("-1")
+    _press(nb, "Forbid")
+    nb.page.get_by_role("alert").filter(has_text="must be positive and finite").wait_for()
+    nb.page.get_by_placeholder("x, y, z, or picked atoms").fill("0, 0, 6")
+    nb.page.get_by_label("radius (Å)").fill("1.2")
+    _press(nb, "Forbid")
+    nb.page.locator(".elp option", has_text="0: sphere of 1.2 Angstrom at (0.00, 0.00, 6.00)").wait_for(
+        state="attached"
+    )
+    nb.page.wait_for_function(f"() => {{ {GHOSTS} return ghosts > 1000; }}")
+    nb.picture("editor_region")
+    _press(nb, "Allow")
+    nb.page.locator(".elp option", has_text="no forbidden region").wait_for(state="attached")
+    nb.page.wait_for_function(f"() => {{ {GHOSTS} return ghosts < 100; }}")
+    nb.expect("print(len(editor.state.structure.forbidden), editor.state.structure.label)", "0 allow all regions")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 SETUP = """
 from dataclasses import replace
 import torch
@@ -140,6 +142,92 @@ def test_oracle_comparison(notebook):
     field.press("Enter")
     nb.page.get_by_role("alert").filter(has_text="not a valid SMILES").wait_for()
     nb.expect("print(panel.molecule.formula(0), panel.smiles.value)", "C2H4O CC=O")
+
+
+OXYGEN = """() => {
+    const canvas = document.querySelector(".elp .elv canvas"), ratio = canvas.width / canvas.clientWidth;
+    const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const reds = [];
+    for (let y = 0; y < height; y += 2) for (let x = 0; x < width; x += 2) {
+        const at = 4 * (y * width + x), red = data[at] - Math.max(data[at + 1], data[at + 2]);
+        if (data[at + 3] === 255) reds.push([x / ratio, y / ratio, red]);
+    }
+    const top = Math.max(...reds.map((r) => r[2])), best = reds.filter((r) => r[2] > 0.7 * top);
+    const box = canvas.getBoundingClientRect();
+    return [box.left, box.top].map((o, c) => o + best.reduce((sum, r) => sum + r[c], 0) / best.length);
+}"""
+MOVED = "(panel.dragged.molecule.positions - panel.dragged.start.positions)[0]"
+
+
+def _pull(nb, x: float, y: float, right: float, down: float) -> None:
+    """Press the mouse button at a point and move; the button stays down."""
+    nb.page.mouse.move(x, y)
+    nb.page.mouse.down()
+    nb.page.mouse.move(x + right, y + down, steps=40)
+
+
+def test_dragging_an_atom(notebook):
+    nb = notebook(
+        SETUP, "panel = OracleComparison('CC=O', {'learned': oracle, 'xtb': load_oracle('xtb', workers=0)})\npanel"
+    )
+    _run(nb, "document.querySelectorAll('.elp .elv canvas').length === 2")
+    nb.page.set_viewport_size({"width": 1280, "height": 1100})
+    nb.page.locator(".elp select:has(option:text-is('drag an atom'))").select_option(label="drag an atom")
+    nb.wait_for("document.querySelector('.elp .elv')?.dataset.frames === '1'")
+    nb.page.locator(".elp .elv").scroll_into_view_if_needed()
+    nb.wait_for("document.querySelector('.elp .elv canvas').width > 300")
+    nb.ask("drags = []; panel.viewer.on_drag(drags.append)")
+    table = nb.page.locator(".elp table")
+    assert table.locator("tbody td:nth-child(2)").all_inner_texts() == ["0", "0"]
+
+    # the oxygen, 60 pixels to the right and 30 down: the learned oracle answers while the button is down
+    start = time.monotonic()
+    _pull(nb, *nb.page.evaluate(OXYGEN), 60, 30)
+    nb.wait_for("document.querySelector('.elp table').innerText.includes('asked when you let go')")
+    nb.wait_for("/[1-9]/.test(document.querySelector('.elp tbody td:nth-child(2)').innerText)")
+    nb.expect("print(len(drags) > 0 and not any(drag.done for drag in drags))", "True")
+    nb.picture("dragging")
+    nb.page.mouse.up()
+    nb.wait_for("!/asked|yet/.test(document.querySelector('.elp table').innerText)")
+    elapsed = time.monotonic() - start
+    energies = table.locator("tbody td:nth-child(2)").all_inner_texts()
+    assert all(float(energy) > 0.1 for energy in energies), energies
+    assert table.locator("tbody td:nth-child(5)").all_inner_texts() == ["ok", "ok"]
+
+    # it moved parallel to the screen, and alone; the view was modest with its messages
+    nb.expect(
+        "print([drag.done for drag in drags].index(True) == len(drags) - 1, {drag.atom for drag in drags})", "True {2}"
+    )
+    assert int(nb.ask("print(len(drags))")) <= 15 * elapsed + 2
+    nb.expect(f"print(({MOVED}.norm(dim=1) > 1e-6).nonzero().flatten().tolist())", "[2]")
+    turn = "torch.tensor(panel.viewer._orientations[0]).view(3, 3).double()"
+    right, up, near = map(float, nb.ask(f"print(*({turn} @ {MOVED}[2]).tolist())").split())
+    assert right > 0.1
+    assert abs(up / right + 0.5) < 0.05
+    assert abs(near) < 1e-4
+    shown = nb.page.locator(".elp .elv-label").first.inner_text()
+    assert shown.startswith("O 2\n")
+    assert nb.ask("print(', '.join(f'{c:.3f}' for c in panel.dragged.molecule.positions[0, 2].tolist()))") in shown
+    _both_themes(nb, "oracle_drag")
+
+    # beside the atoms the mouse rotates
+    before = nb.page.evaluate("() => document.querySelector('.elp .elv canvas').toDataURL()")
+    box = nb.page.locator(".elp .elv canvas").first.bounding_box()
+    count = nb.ask("print(len(drags))")
+    _pull(nb, box["x"] + 8, box["y"] + box["height"] - 70, 70, 20)
+    nb.page.mouse.up()
+    nb.page.wait_for_function("(b) => document.querySelector('.elp .elv canvas').toDataURL() !== b", arg=before)
+    nb.expect("print(len(drags))", count)
+
+    # on the carbon: the oracles say why they do not answer, and the reset brings the start back
+    nb.ask("panel.dragged.move(2, panel.dragged.start.positions[0, 1].tolist())")
+    nb.wait_for("document.querySelector('.elp table').innerText.includes('atoms 1 and 2 are 0.000 Angstrom apart')")
+    nb.wait_for("!document.querySelector('.elp .elv-label').innerText.includes('|F|')")  # there is none
+    nb.picture("oracle_drag_refused")
+    nb.page.locator(".elp .jupyter-button", has_text="Reset").click()
+    nb.expect(f"print({MOVED}.abs().max().item())", "0.0")
+    nb.wait_for("document.querySelector('.elp tbody td:nth-child(2)').innerText === '0'")
+    assert nb.data("error") == ""
 
 
 def test_dft_check(notebook):

@@ -15,6 +15,7 @@ from elign_lab.checkpoints import ASSETS
 from elign_lab.gpff import SAMPLERS, GPFFConfig, PseudoForceField, load_force_field
 from elign_lab.gpff import editing_bonds as bonds
 from elign_lab.gpff import editing_state as editing
+from elign_lab.gpff.constraints import Sphere, depth_inside
 from elign_lab.gpff.editing_run import Measures, RunSettings, accept, latency, measure, regenerate
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
@@ -208,6 +209,73 @@ def test_frozen_atoms_keep_their_mark_through_edits():
     assert editing.free(editing.pick_only(rest, [])).structure.frozen == frozenset()
 
 
+# ---------------------------------------------------------------------- forbidden regions
+def test_regions_around_picked_atoms_and_at_a_place():
+    state = opened("CCO", 0, 2)
+    x = state.structure.molecule.positions[0]
+    around = editing.forbid(state, 1.5)
+    assert around.structure.forbidden == tuple(Sphere(tuple(x[i].tolist()), 1.5) for i in (0, 2))
+    both = editing.forbid(around, 0.7, (4, 0.0, -1.0))
+    assert both.structure.forbidden[2] == Sphere((4.0, 0.0, -1.0), 0.7)
+    assert (around.structure.label, both.structure.label) == ("forbid 2 regions", "forbid 1 region")
+    assert torch.equal(both.structure.molecule.positions[0], x)
+    assert editing.allow(both, 1).structure.forbidden == (both.structure.forbidden[0], both.structure.forbidden[2])
+    assert editing.allow(both).structure.forbidden == ()
+
+
+def test_regions_are_history_and_stay_through_edits():
+    first = opened("CCO", 0)
+    second = editing.forbid(first, 1.0, (3.0, 0.0, 0.0))
+    third = editing.allow(second, 0)
+    back = editing.undo(third)
+    assert [s.structure.forbidden for s in (third, back, editing.undo(back))] == [(), second.structure.forbidden, ()]
+    assert editing.redo(back).structure is third.structure
+    grown = editing.add_group(second, "methyl")
+    for state in (grown, editing.freeze(editing.pick_only(grown, [0])), editing.pick_only(grown, [])):
+        assert state.structure.forbidden == second.structure.forbidden
+
+
+@pytest.mark.parametrize(
+    ("picked", "edit", "message"),
+    [
+        ([], lambda s: editing.forbid(s, 1.0), "no atom is picked"),
+        ([1], lambda s: editing.forbid(s, 0.0), "must be positive and finite, got 0.0"),
+        ([1], lambda s: editing.forbid(s, -1.0), "must be positive and finite, got -1.0"),
+        ([1], lambda s: editing.forbid(s, math.inf), "must be positive and finite, got inf"),
+        ([1], lambda s: editing.forbid(s, math.nan), "must be positive and finite, got nan"),
+        ([], lambda s: editing.forbid(s, 1.0, (0.0, math.nan, 0.0)), "three finite numbers"),
+        ([], lambda s: editing.forbid(s, 1.0, (0.0, 0.0)), "three finite numbers"),
+        (
+            [],
+            lambda s: editing.forbid(s, 1.0, (9.0, 0.0, 0.0)),
+            r"sphere of 1 Angstrom at \(9.00, 0.00, 0.00\) is forbidden al",
+        ),
+        ([0], lambda s: editing.forbid(s, 1.0), "frozen atom 0 lies in the forbidden sphere of 1 Angstrom at"),
+        ([4], lambda s: editing.forbid(s, 1.2), "frozen atom 0 lies in the forbidden sphere"),  # a hydrogen of atom 0
+        ([], lambda s: editing.allow(s, 1), "no region 1 to allow: there are regions 0 to 0"),
+        ([], lambda s: editing.allow(editing.allow(s)), "no region is forbidden"),
+    ],
+)
+def test_regions_that_cannot_be_are_refused(picked, edit, message):
+    frozen = editing.freeze(opened("CCO", 0))
+    state = editing.pick_only(editing.forbid(frozen, 1.0, (9.0, 0.0, 0.0)), picked)
+    before = state.structure
+    with pytest.raises(ValueError, match=message):
+        edit(state)
+    assert state.structure is before
+    assert state.past == (*frozen.past, frozen.structure)
+
+
+def test_an_atom_in_a_region_cannot_be_frozen():
+    state = editing.pick_only(editing.forbid(opened("CCO", 2), 1.2), [8])  # the hydrogen on oxygen
+    with pytest.raises(ValueError, match="frozen atom 8 lies in the forbidden sphere"):
+        editing.freeze(state)
+    with pytest.raises(ValueError, match="lies in the forbidden sphere"):
+        editing.freeze_rest(editing.pick_only(state, [0]))
+    assert editing.freeze(editing.pick_only(state, [0])).structure.frozen == {0}
+
+
+# ---------------------------------------------------------------------- history
 def test_undo_and_redo():
     first = opened("CC", 0)
     second = editing.add_group(first, "hydroxyl")
@@ -247,6 +315,27 @@ def test_frozen_atoms_stay_to_the_last_bit(untrained, sampler):
     assert after.structure.frozen == state.structure.frozen
     again = list(regenerate(untrained, state.structure, settings))[-1].z_s
     assert torch.equal(again, records[-1].z_s)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("frozen", [(), (0, 1)])
+def test_a_run_keeps_out_of_forbidden_regions(untrained, sampler, frozen):
+    state = opened("CCO", *frozen)
+    state = editing.pick_only(editing.freeze(state) if frozen else state, [2])
+    state = editing.pick_only(editing.forbid(state, 1.3), [8])
+    state = editing.forbid(state, 0.5)
+    assert panels.inside_regions(state.structure) == [2, 8]
+    records = list(regenerate(untrained, state.structure, RunSettings(sampler, evaluations=6, sigma=0.5, seed=3)))
+    for record in records:
+        assert float(depth_inside(record.z_s, state.structure.forbidden).max()) < 2e-4
+    after = accept(state, records[-1].molecules())
+    assert after.structure.forbidden == state.structure.forbidden
+    assert panels.inside_regions(after.structure) == []
+    old, new = state.structure.molecule.positions[0], after.structure.molecule.positions[0]
+    assert torch.equal(old[list(frozen)], new[list(frozen)])
+    # what a run has left on the surface of a region may be frozen there
+    on_surface = (new - torch.tensor(state.structure.forbidden[0].centre)).norm(dim=-1).argmin()
+    assert editing.freeze(editing.pick_only(after, [int(on_surface)])).structure.frozen == {*frozen, int(on_surface)}
 
 
 def test_results_that_are_not_molecules(untrained):
@@ -337,6 +426,33 @@ def test_atoms_that_cannot_be_read(text):
         panels.read_atoms(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "place"), [("", None), ("1.5, 0, -2", (1.5, 0.0, -2.0)), (" 1e-1 2 3", (0.1, 2.0, 3.0))]
+)
+def test_places_are_read(text, place):
+    assert panels.read_place(text) == place
+
+
+@pytest.mark.parametrize("text", ["1, 2", "1, 2, 3, 4", "a, b, c", "1; 2; 3"])
+def test_places_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="expected x, y, z in Angstrom"):
+        panels.read_place(text)
+
+
+def test_regions_are_drawn_as_dots_on_the_surface_of_all():
+    assert panels.region_dots(()) is None
+    one = Sphere((1.0, 2.0, 3.0), 1.5)
+    dots = panels.region_dots([one]).positions[0]
+    assert (dots - torch.tensor(one.centre)).norm(dim=-1).tolist() == pytest.approx([1.5] * len(dots))
+    assert float(dots.mean(0).sub(torch.tensor(one.centre)).norm()) < 0.05  # all around
+    assert float(torch.pdist(dots).min()) > 0.74  # under 0.73 Angstrom the viewer draws a bond
+    other = Sphere((2.0, 2.0, 3.0), 1.2)
+    both = panels.region_dots([one, other]).positions
+    assert float(depth_inside(both, [one, other]).max()) < 1e-5
+    assert len(panels.region_dots([Sphere((0.0, 0.0, 0.0), 50.0)]).positions[0]) == 400
+    assert len(panels.region_dots([Sphere((0.0, 0.0, 0.0), 0.01)]).positions[0]) == 12
+
+
 def test_the_drawing_shows_picked_and_frozen_atoms():
     namespace = "{http://www.w3.org/2000/svg}"
 
@@ -425,6 +541,50 @@ def test_buttons_edit_and_the_views_follow(editor):
     assert editor.last_error == ""
 
 
+def test_regions_in_the_panel(editor):
+    assert editor.regions.options == (("no forbidden region", None),)
+    editor.atoms.value, editor.radius.value = "2", 1.3
+    press(editor, "Forbid")
+    assert [(s.radius, s.centre) for s in editor.state.structure.forbidden] == [
+        (1.3, tuple(editor.state.structure.molecule.positions[0, 2].tolist()))
+    ]
+    assert editor.viewer.marks[panels.FORBIDDEN] == [2, 8]  # oxygen and its hydrogen
+    assert "1 forbidden region, with atoms 2, 8 inside until Start" in editor.summary_html()
+    editor.radius.value, editor.centre.value = 1.0, "0, 0, 6"
+    press(editor, "Forbid")
+    assert editor.state.structure.forbidden[1] == Sphere((0.0, 0.0, 6.0), 1.0)
+    assert editor.centre.value == ""
+    assert [value for _, value in editor.regions.options] == [None, 0, 1]
+    assert editor.regions.options[2][0] == "1: sphere of 1 Angstrom at (0.00, 0.00, 6.00)"
+    assert len(editor.viewer._reference.numbers) == len(panels.region_dots(editor.state.structure.forbidden).numbers[0])
+    editor.start().wait(120)
+    assert editor.viewer.marks[panels.FORBIDDEN] == []
+    assert float(depth_inside(editor.state.structure.molecule.positions, editor.state.structure.forbidden).max()) < 2e-4
+    editor.regions.value = 0
+    press(editor, "Allow")
+    assert editor.state.structure.forbidden == (Sphere((0.0, 0.0, 6.0), 1.0),)
+    press(editor, "Undo")
+    assert len(editor.regions.options) == 3
+    press(editor, "Allow")  # all
+    assert editor.regions.options == (("no forbidden region", None),)
+    assert editor.viewer._reference is None
+    press(editor, "Undo")
+    assert len(editor.state.structure.forbidden) == 2
+    press(editor, "Redo")
+    assert editor.state.structure.forbidden == ()
+    assert editor.last_error == ""
+
+
+def test_another_molecule_has_no_regions_and_undo_brings_them_back(editor):
+    editor.forbid(1.0, (0.0, 0.0, 5.0))
+    editor.smiles.value = "C1CC1"
+    assert editor.state.structure.forbidden == ()
+    assert editor.viewer._reference is None
+    press(editor, "Undo")
+    assert editor.state.structure.forbidden == (Sphere((0.0, 0.0, 5.0), 1.0),)
+    assert editor.viewer._reference is not None
+
+
 def test_clicks_pick_and_put_back(editor):
     for atom, picked in ((1, {1}), (0, {0, 1}), (1, {0}), (None, set())):
         editor.viewer._on_message(editor.viewer, {"kind": "pick", "atom": atom}, [])
@@ -440,6 +600,10 @@ def test_clicks_pick_and_put_back(editor):
         (lambda e: setattr(e.smiles, "value", "C(("), "not a valid SMILES"),
         (lambda e: setattr(e.atoms, "value", "99"), "no atom 99"),
         (lambda e: setattr(e.controls["sigma"], "value", 0.0), "must be over 0.02"),
+        (lambda e: press(e, "Forbid"), "no atom is picked"),
+        (lambda e: press(e, "Allow"), "no region is forbidden"),
+        (lambda e: (setattr(e.centre, "value", "1, 2"), press(e, "Forbid")), "expected x, y, z"),
+        (lambda e: (setattr(e.centre, "value", "1 2 3"), setattr(e.radius, "value", -1), press(e, "Forbid")), "got -1"),
     ],
 )
 def test_the_panel_shows_why_and_keeps_the_structure(editor, action, message):
@@ -447,7 +611,7 @@ def test_the_panel_shows_why_and_keeps_the_structure(editor, action, message):
     state, settings = editor.state, editor.settings
     action(editor)
     assert message in editor.last_error
-    assert editor.state.structure.mol is state.structure.mol
+    assert editor.state.structure is state.structure
     assert editor.settings == settings
     assert editor.controls["sigma"].value == settings.sigma
     assert editor.atoms.value == ""
@@ -512,6 +676,7 @@ def test_nothing_is_edited_during_a_run(editor, monkeypatch):
         press(editor, "Undo")
         assert "is being made" in editor.last_error
         assert editor.buttons["Delete"].disabled
+        assert editor.radius.disabled
         assert editor.state.structure is structure
     finally:
         go_on.set()

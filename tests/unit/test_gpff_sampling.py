@@ -310,6 +310,15 @@ def test_an_atom_at_the_centre_of_a_region_is_pushed_out(ethanol):
     assert wall.violation(wall.project(x.unsqueeze(0))) < 2e-4
 
 
+@pytest.mark.parametrize("radius", [1.2, 1.5, 3.0])
+@pytest.mark.parametrize("axis", [(1.0, 0.0, 0.0), (0.48, 0.6, 0.64)])
+def test_an_atom_between_two_regions_is_let_out(axis, radius):
+    """On the line of the centres each region pushes it into the other: carbon of CO2 between its oxygens."""
+    x = torch.tensor([0.0, -1.16, 1.16], dtype=torch.float64).unsqueeze(1) * torch.tensor(axis, dtype=torch.float64)
+    wall = Constraints(x, forbidden=tuple(Sphere(tuple(place), radius) for place in x[1:].tolist()))
+    assert wall.violation(wall.project(x.unsqueeze(0))) < 2e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

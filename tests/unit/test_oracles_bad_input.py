@@ -96,7 +96,7 @@ def row(every: Cell, *exceptions: tuple[tuple[str, ...], Cell]) -> dict[str, Cel
 
 NO_WORKER = error(
     "computes in the calling process, without workers or a time limit",
-    "a network evaluates a batch in this process in well under a second: there is no worker that could die or be killed",
+    "a network evaluates whole batches in this process: no worker can die, and nothing can be stopped half-way",
 )
 TABLE: dict[str, dict[str, Cell]] = {
     "NaN position": row(status("non-finite position of atom 1")),

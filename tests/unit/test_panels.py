@@ -19,7 +19,7 @@ from elign_lab.evaluation import smiles, stability
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Evaluation, Oracle
 from elign_lab.widgets import AlignmentDashboard, DFTCheck, OracleComparison, RewardInspector, SamplingPanel
-from elign_lab.widgets.panels import comparison, dashboard, dft_check, inspector, sampling
+from elign_lab.widgets.panels import comparison, dashboard, dft_check, dragging, inspector, sampling
 from elign_lab.widgets.panels.base import Chart, Panel, badge, move_marks, number
 from elign_lab.widgets.panels.reward_trace import explain, trace_group
 
@@ -416,11 +416,153 @@ def test_oracle_comparison_panel(oracle):
         OracleComparison("C", {})
 
 
+class Logged(Oracle):
+    """Another oracle that is not a learned one, with a log of what it is asked."""
+
+    name = "logged"
+
+    def __init__(self, inner: Oracle) -> None:
+        super().__init__(atom_energies=dict(inner.atom_energies), min_distance=inner.min_distance)
+        self.elements, self.inner, self.asked = inner.elements, inner, []
+
+    def _compute(self, molecules):
+        self.asked += [x.copy() for _, x in molecules]
+        return self.inner._compute(molecules)
+
+
+def test_placing_an_atom():
+    water = MoleculeBatch.from_smiles("O").to(dtype=torch.float64)
+    placed = dragging.place_atom(water, 1, (0.1, 0, -0.2))
+    assert placed.positions[0, 1].tolist() == pytest.approx([0.1, 0, -0.2])
+    assert torch.equal(placed.positions[0, [0, 2]], water.positions[0, [0, 2]])
+    assert dragging.displacement(water, water) == "start"
+    far = placed.positions[0, 1] - water.positions[0, 1]
+    assert dragging.displacement(water, placed) == f"H1 moved {float(far.norm()):.2f} Å"
+    twice = comparison.move_atom(placed, 0, (0, 0, 0.1))
+    assert dragging.displacement(water, twice).startswith("2 atoms moved, up to ")
+    for i, position, message in (
+        (3, (0, 0, 0), "atom 3: expected 0 to 2"),
+        (-1, (0, 0, 0), "atom -1"),
+        (0, (0, math.nan, 0), "position of atom 0 is .*nan.*expected three finite numbers"),
+        (0, (0, 0), "expected three finite numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dragging.place_atom(water, i, position)
+
+
+def cells(html: str) -> list[list[str]]:
+    """The rows of a table, without the head."""
+    return [re.findall(r"<td>(?:<span[^>]*>)?([^<]*)", row) for row in html.split("<tr>")[2:]]
+
+
+def test_dragging_an_atom_in_the_oracle_comparison(oracle):
+    slow = Logged(oracle)
+    panel = OracleComparison("C=O", {"learned": oracle, "slow": slow})
+    panel.coordinate.value = comparison.DRAG
+    assert panel.coordinate.label == "drag an atom"
+    assert (panel.last_error, panel.viewer.draggable, panel.viewer.n_frames) == ("", True, 1)
+    dragged, start = panel.dragged, panel.dragged.start
+    assert [row[1] for row in cells(panel.summary_html())] == ["0", "0"]
+    assert dragged.reset_button.disabled
+    slow.asked.clear()
+
+    def pull(by: float, done: bool) -> None:
+        position = (start.positions[0, 1] + torch.tensor([0, 0, by])).tolist()
+        message = {"kind": "drag", "panel": 1, "frame": 0, "atom": 1, "position": position, "done": done}
+        panel.viewer._handle_custom_msg(message, [])
+
+    # while the mouse button is down, the learned oracle answers for the structure that is shown
+    for by in (0.2, 0.4):
+        pull(by, done=False)
+        expected = dragging.ask(comparison.move_atom(start, 1, (0, 0, by)), oracle)
+        zero = dragging.ask(start, oracle)
+        learned, other = cells(panel.summary_html())
+        assert learned == [
+            "learned",
+            *map(number, (expected.energy - zero.energy, expected.f_rms, expected.f_max)),
+            "ok",
+        ]
+        assert other == ["slow", "–", "–", "–", dragging.WHILE_DRAGGING]
+        shown = panel.viewer.molecules()
+        assert [float(m.positions[0, 1, 2]) for m in shown] == pytest.approx([float(start.positions[0, 1, 2]) + by] * 2)
+        frames = [trajectory[0] for trajectory in panel.viewer._trajectories]
+        assert frames[0].forces == pytest.approx(expected.forces.numpy(), rel=1e-5)
+        assert np.isnan(frames[1].forces).all(), "no force of the old structure"
+        assert frames[0].label == f"O1 moved {by:.2f} Å"
+    assert slow.asked == []
+
+    # when it is let go, the others are asked, once and for this structure
+    pull(0.5, done=True)
+    (asked,) = slow.asked
+    assert asked == pytest.approx(dragged.molecule.positions[0].numpy())
+    learned, other = cells(panel.summary_html())
+    assert learned[1:] == other[1:]
+    assert learned[4] == "ok"
+    assert float(learned[1]) > 0
+
+    # the start is back, with its numbers, and no oracle is asked for them again
+    dragged.reset_button.click()
+    assert torch.equal(dragged.molecule.positions, start.positions)
+    assert [row[1] for row in cells(panel.summary_html())] == ["0", "0"]
+    assert len(slow.asked) == 1
+
+
+def test_a_drag_that_the_oracles_refuse_shows_their_reason():
+    panel = OracleComparison("C=O", {"learned": load_oracle("learned")})
+    panel.coordinate.value = comparison.DRAG
+    dragged = panel.dragged
+    dragged.move(1, dragged.start.positions[0, 0].tolist())  # O on C
+    assert cells(panel.summary_html())[0][1:4] == ["–", "–", "–"]
+    assert "atoms 0 and 1 are 0.000 Angstrom apart" in panel.summary_html()
+    assert np.isnan(panel.viewer._trajectories[0][0].forces).all()
+    for atom, position, message in ((4, [0, 0, 0], "a drag of atom 4"), (0, [0, math.nan, 0], "three finite numbers")):
+        before = dragged.molecule
+        message_sent = {"kind": "drag", "panel": 0, "frame": 0, "atom": atom, "position": position, "done": True}
+        panel.viewer._handle_custom_msg(message_sent, [])
+        assert message in panel.viewer.last_error
+        assert dragged.molecule is before
+    dragged.reset()
+    assert cells(panel.summary_html())[0][4] == "ok"
+
+
+def test_an_oracle_that_raises_leaves_no_number_of_the_old_structure(oracle):
+    class Broken(Logged):
+        def _compute(self, molecules):
+            if len(self.asked) > 0:
+                raise RuntimeError("the backend is gone")
+            return super()._compute(molecules)
+
+    dragged = dragging.DraggedMolecule(MoleculeBatch.from_smiles("C=O"), {"learned": oracle, "broken": Broken(oracle)})
+    message = {"kind": "drag", "panel": 0, "frame": 0, "atom": 1, "position": [0.0, 0.0, 9.0], "done": True}
+    dragged.viewer._handle_custom_msg(message, [])
+    assert dragged.viewer.last_error == "RuntimeError: the backend is gone"
+    learned, broken = cells(dragged.summary_html())
+    assert learned[4] == "ok"
+    assert broken == ["broken", "–", "–", "–", dragging.NO_ANSWER]
+
+
+def test_the_panel_stays_in_the_mode_of_dragging_and_comes_back(oracle):
+    panel = OracleComparison("C=O", {"learned": oracle})
+    panel.coordinate.value = comparison.DRAG
+    panel.smiles.value = "CS"  # an element that the oracle does not know
+    assert "learned oracle cannot evaluate CH4S" in panel.last_error
+    assert (panel.coordinate.value, panel.dragged.molecule.formula(0)) == (comparison.DRAG, "CH2O")
+    panel.smiles.value = "CC"
+    assert (panel.last_error, panel.coordinate.value) == ("", comparison.DRAG)
+    assert panel.dragged.molecule.formula(0) == "C2H6"
+    panel.coordinate.index = 1
+    assert panel.dragged is None
+    assert panel.coordinate.label == "bond C0–C1"
+    assert panel.viewer.n_frames == len(panel.scan.values)
+    assert "lowest at" in panel.summary_html()
+
+
 def test_oracles_that_cannot_be_made_are_named_with_the_reason(tmp_path):
     made, reasons = comparison.usable_oracles(("learned", "ani"), {"ani": {"weights": tmp_path / "nowhere.pt"}})
     assert list(made) == ["learned"]
     assert "ani" in reasons
     assert reasons["ani"]
+    assert comparison.missing_html(reasons).startswith("<details class='elp-note'><summary>ani cannot be used here<")
 
 
 # ---------------------------------------------------------------------- DFT

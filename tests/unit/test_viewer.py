@@ -6,6 +6,7 @@ import base64
 import functools
 import http.server
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 import elign_lab.widgets as widgets
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.widgets import Live, MoleculeViewer, compare, show, static, viewer
-from elign_lab.widgets.viewer import MAX_MESSAGES_PER_SECOND, Frame, encode
+from elign_lab.widgets.viewer import MAX_MESSAGES_PER_SECOND, Drag, Frame, encode
 
 FOLDER = Path(viewer.__file__).parent
 
@@ -211,6 +212,101 @@ def test_the_module_is_small_and_alone():
     assert str((255 * static.VIRIDIS).round().astype(int).tolist()) in source
 
 
+# ---------------------------------------------------------------------- dragged atoms
+def drag_message(**changes) -> dict:
+    """What the view sends when atom 2 of the first panel is let go."""
+    return {"kind": "drag", "panel": 0, "frame": 1, "atom": 2, "position": [0.5, -1.0, 2.25], "done": True} | changes
+
+
+def test_a_dragged_atom_moves_in_its_frame_and_nothing_else_does(path):
+    forces = np.ones((9, 3))
+    v = MoleculeViewer({"a": path, "b": path[:1]}, forces={"a": [forces] * 4}, draggable=True)
+    sent, seen = Recorder(v), []
+    v.on_drag(seen.append)
+    v._handle_custom_msg(drag_message(done=False), [])
+    assert seen == [Drag(panel=0, frame=1, atom=2, position=(0.5, -1.0, 2.25), done=False)]
+    ((_, now),) = sent.frames().items()
+    moved = now["positions"].reshape(-1, 3)
+    assert moved[2].tolist() == [0.5, -1.0, 2.25]
+    before = path[1].arrays()[0][1].astype("f4")
+    assert np.array_equal(np.delete(moved, 2, 0), np.delete(before, 2, 0))
+    assert np.isnan(now["forces"]).all(), "the forces were those of another structure"
+    assert [m["kind"] for _, m, _ in sent.messages] == ["frames", "dragged"]
+    v.frame = 1
+    assert v.molecules()[0].positions[0, 2].tolist() == [0.5, -1.0, 2.25]
+    assert path[1].arrays()[0][1][2].tolist() != [0.5, -1.0, 2.25], "the molecule that was given stays"
+
+    # the shorter trajectory is on its last frame, and that is what is dragged there
+    v._handle_custom_msg(drag_message(panel=1, frame=3), [])
+    assert seen[1] == Drag(panel=1, frame=0, atom=2, position=(0.5, -1.0, 2.25), done=True)
+
+
+def test_a_callback_gives_the_forces_of_what_was_dragged(path):
+    v = MoleculeViewer(path, forces=[np.zeros((9, 3))] * 4, draggable=True)
+    sent = Recorder(v)
+
+    def answer(drag: Drag) -> None:
+        v.frame = drag.frame
+        v.replace(drag.frame, v.molecules()[0], forces=np.full((9, 3), 2.0), label="moved")
+
+    v.on_drag(answer)
+    v._handle_custom_msg(drag_message(), [])
+    frame = sent.frames()[0, 1]  # sent once: the view never has the new structure without its forces
+    assert frame["positions"].reshape(-1, 3)[2].tolist() == [0.5, -1.0, 2.25]
+    assert frame["forces"].tolist() == [2.0] * 27
+    assert frame["label"] == "moved"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"atom": 9}, "a drag of atom 9: expected 0 to 8; nothing was moved"),
+        ({"atom": -1}, "a drag of atom -1"),
+        ({"atom": None}, "a drag of atom None"),
+        ({"atom": True}, "a drag of atom True"),
+        ({"frame": 4}, "a drag in panel 0, frame 4, which is not there"),
+        ({"frame": "1"}, "a drag in panel 0, frame 1, which is not there"),
+        ({"panel": 1}, "a drag in panel 1, frame 1, which is not there"),
+        ({"position": [0.0, float("nan"), 0.0]}, "atom 2 dragged to .*nan.*: expected three finite numbers"),
+        ({"position": [0.0, None, 0.0]}, "expected three finite numbers"),  # what JSON makes of not-a-number
+        ({"position": [0.0, 1.0]}, "expected three finite numbers"),
+        ({"position": None}, "expected three finite numbers"),
+    ],
+)
+def test_a_drag_that_makes_no_sense_is_refused_and_seen(path, changes, message):
+    v = MoleculeViewer(path, draggable=True)
+    sent, seen = Recorder(v), []
+    v.on_drag(seen.append)
+    v._handle_custom_msg(drag_message(**changes), [])
+    assert re.search(message, v.last_error)
+    assert v.last_error.startswith("ValueError: ")
+    assert seen == []
+    assert [m["kind"] for _, m, _ in sent.messages] == ["dragged"], "the view waits for an answer"
+    v._handle_custom_msg({"kind": "need"}, [])
+    for k, batch in enumerate(path):
+        assert np.array_equal(sent.frames()[0, k]["positions"].reshape(-1, 3), batch.arrays()[0][1].astype("f4")), (
+            "the old structure is kept"
+        )
+
+
+def test_only_a_draggable_view_lets_its_atoms_be_moved(path):
+    v = MoleculeViewer(path)
+    v._handle_custom_msg(drag_message(), [])
+    assert "make it with draggable=True" in v.last_error
+    v.frame = 1
+    assert v.molecules()[0].positions[0, 2].tolist() == pytest.approx(path[1].positions[0, 2].tolist())
+    assert show(path, draggable=True).draggable
+
+
+def test_an_error_of_a_drag_callback_is_seen_and_the_view_goes_on(path):
+    v = MoleculeViewer(path, draggable=True)
+    v.on_drag(lambda drag: 1 / 0)
+    sent = Recorder(v)
+    v._handle_custom_msg(drag_message(), [])
+    assert v.last_error == "ZeroDivisionError: division by zero"
+    assert [m["kind"] for _, m, _ in sent.messages] == ["frames", "dragged"]
+
+
 # ---------------------------------------------------------------------- picture and representation
 def test_the_text_is_the_same_every_time(path):
     assert repr(MoleculeViewer(path, title="run")) == "MoleculeViewer('run', C2H6O, 4 frames)"
@@ -313,6 +409,8 @@ def test_a_saved_page_has_one_frame_in_the_state(path):
         (lambda m, p: MoleculeViewer(m[0], force_max=0), "force_max is 0"),
         (lambda m, p: MoleculeViewer({"a": p}, labels=["t"] * 4), "must be mappings"),
         (lambda m, p: MoleculeViewer().push(p[0], panel=1), "panel 1 of a viewer with 1"),
+        (lambda m, p: MoleculeViewer(p).replace(4, p[0]), "frame 4 of a panel with 4 frames"),
+        (lambda m, p: MoleculeViewer(p).replace(0, p[0], panel=1), "panel 1 of a viewer with 1"),
         (lambda m, p: setattr(MoleculeViewer(p), "frame", 4), "frame 4 of a viewer with 4 frames"),
         (lambda m, p: compare(p, p, titles=("a", "a")), "two different texts"),
         (lambda m, p: show(3), "cannot show a int"),

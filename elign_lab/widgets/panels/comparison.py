@@ -1,4 +1,4 @@
-"""The oracle comparison: stretch a bond or move an atom, and see what each oracle says of it."""
+"""The oracle comparison: stretch a bond or drag an atom, and see what each oracle says of it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from elign_lab.widgets.panels.base import (
     number,
     style_figure,
 )
+from elign_lab.widgets.panels.dragging import DraggedMolecule
 from elign_lab.widgets.static import bonds
 from elign_lab.widgets.viewer import MoleculeViewer
 
 FloatArray = NDArray[np.floating]
 REACH = (0.65, 2.0)  # of a bond length
 SHIFT = 0.8  # Angstrom, of an atom to each side
+DRAG = "drag"  # in the menu of coordinates: none of them, but the mouse
 _POINTS = 41
 _LINES = (COLORS["tilt"], COLORS["aligned"], COLORS["other"], COLORS["base"])
 
@@ -167,8 +169,8 @@ def _top(curves: Any) -> float:
     return 1.15 * max(float(np.nanquantile(y, 0.85)) for y in curves)
 
 
-def scan_html(found: Scan, point: int, notes: Mapping[str, str] | None = None) -> str:
-    """What each oracle says at one point, and which oracles are not here (notes: name -> reason)."""
+def scan_html(found: Scan, point: int) -> str:
+    """What each oracle says at one point."""
     rows = []
     for name in found.energy:
         status = found.status[name][point]
@@ -181,11 +183,15 @@ def scan_html(found: Scan, point: int, notes: Mapping[str, str] | None = None) -
         rows.append(f"<tr><td>{name}</td>{cells}<td>{badge(status, 'good' if status == 'ok' else 'bad')}</td></tr>")
     names = ("oracle", "E above its lowest (eV)", "f_RMS (eV/Å)", "lowest at (Å)", "status")
     head = "".join(f"<th>{name}</th>" for name in names)
-    missing = "".join(
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def missing_html(notes: Mapping[str, str]) -> str:
+    """Which oracles are not here, and why (notes: name -> reason)."""
+    return "".join(
         f"<details class='elp-note'><summary>{escape(name)} cannot be used here</summary>{escape(why)}</details>"
-        for name, why in (notes or {}).items()
+        for name, why in notes.items()
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{missing}"
 
 
 def usable_oracles(
@@ -206,33 +212,38 @@ class OracleComparison(Panel):
     """Distort a molecule and compare oracles: curves of energy and force, and the forces as arrows.
 
     molecule: a batch (its first molecule) or a SMILES string. oracles: a mapping from name to oracle; default: learned,
-    xtb and ani, as far as they can be made here (the panel says why not). The frame slider of the viewer is the
-    distortion. A SMILES that cannot be read gives a message, and the old molecule stays.
+    xtb and ani, as far as they can be made here (the panel says why not). `coordinate` chooses a bond to stretch or an
+    atom to move along an axis, by the frame slider of the viewer, or "drag an atom": then the mouse moves atoms, and
+    `dragged` holds the structure and the answers. A SMILES that cannot be read gives a message, and the old molecule
+    stays.
     """
 
     def __init__(self, molecule: MoleculeBatch | str = "CCO", oracles: Mapping[str, Oracle] | None = None) -> None:
-        self._notes: dict[str, str] = {}
+        notes: dict[str, str] = {}
         if oracles is None:
-            oracles, self._notes = usable_oracles(("learned", "xtb", "ani"), {"xtb": {"workers": 0}})
+            oracles, notes = usable_oracles(("learned", "xtb", "ani"), {"xtb": {"workers": 0}})
         if not oracles:
             raise ValueError("oracles is empty: expected a mapping from a name to an oracle")
         self._oracles = dict(oracles)
+        self.dragged: DraggedMolecule | None = None
         text = molecule if isinstance(molecule, str) else ""
         self.smiles = ipywidgets.Text(
             value=text, description="SMILES", placeholder="CCO", continuous_update=False, layout={"width": "260px"}
         )
         self.coordinate = ipywidgets.Dropdown(description="distort", layout={"width": "260px"})
         self._table = ipywidgets.HTML()
+        self._missing = ipywidgets.HTML(missing_html(notes), layout={"display": "" if notes else "none"})
         self._stage, self._chart = ipywidgets.VBox(), Chart(go.Figure(layout={"height": 300}))
+        self._scan_view = ipywidgets.VBox([self._stage, self._chart, self._table])
+        self._body = ipywidgets.VBox()
         super().__init__(
             "Oracles compared",
-            "One geometry, several oracles. Arrows are forces. Each oracle has its own zero of energy, so each curve "
-            "starts at its own lowest point.",
+            "One geometry, several oracles. Arrows are forces. Each oracle has its own zero of energy, so energies "
+            "count from its own lowest point of the curve, or from the start of a drag.",
             [
                 ipywidgets.HBox([self.smiles, self.coordinate], layout={"flex_flow": "row wrap"}),
-                self._stage,
-                self._chart,
-                self._table,
+                self._body,
+                self._missing,
             ],
         )
         self.coordinate.observe(self._coordinate_changed, "value")
@@ -244,13 +255,14 @@ class OracleComparison(Panel):
         """Take another molecule. Raises ValueError for what cannot be read or evaluated, and then changes nothing."""
         batch = MoleculeBatch.from_smiles(molecule) if isinstance(molecule, str) else molecule[:1]
         options = coordinates(batch)
-        found = scan(batch, options[0], self._oracles)
+        chosen: Coordinate | str = DRAG if self.dragged else options[0]
+        made = self._make(batch, chosen)
         self.molecule = batch
         self.coordinate.unobserve(self._coordinate_changed, "value")
-        self.coordinate.options = [(c.name(batch), c) for c in options]
-        self.coordinate.index = 0
+        self.coordinate.options = [("drag an atom", DRAG), *((c.name(batch), c) for c in options)]
+        self.coordinate.value = chosen
         self.coordinate.observe(self._coordinate_changed, "value")
-        self._show(found)
+        self._show(made)
 
     @property
     def point(self) -> int:
@@ -262,8 +274,9 @@ class OracleComparison(Panel):
         self.viewer.frame = point
 
     def summary_html(self) -> str:
-        """What each oracle says at the point that is shown."""
-        return self._table.value
+        """What each oracle says of the structure that is shown."""
+        table = self.dragged.summary_html() if self.dragged else self._table.value
+        return table + self._missing.value
 
     def __repr__(self) -> str:
         return f"OracleComparison({self.molecule.formula(0)}, {', '.join(self._oracles)})"
@@ -281,9 +294,23 @@ class OracleComparison(Panel):
 
     def _coordinate_changed(self, change: dict[str, Any]) -> None:
         with self._shown():
-            self._show(scan(self.molecule, change["new"], self._oracles))
+            self._show(self._make(self.molecule, change["new"]))
 
-    def _show(self, found: Scan) -> None:
+    def _make(self, molecule: MoleculeBatch, chosen: Coordinate | str) -> Scan | DraggedMolecule:
+        if isinstance(chosen, Coordinate):
+            return scan(molecule, chosen, self._oracles)
+        return DraggedMolecule(molecule.to(dtype=torch.float64), self._oracles)
+
+    def _show(self, made: Scan | DraggedMolecule) -> None:
+        if isinstance(made, Scan):
+            self.dragged = None
+            self._body.children = [self._scan_view]
+            self._show_scan(made)
+        else:
+            self.dragged, self.viewer = made, made.viewer
+            self._body.children = [made]
+
+    def _show_scan(self, found: Scan) -> None:
         self.scan = found
         start = int(np.abs(found.values - self._rest()).argmin())
         labels = [f"{value:.2f} Å" for value in found.values]
@@ -299,7 +326,7 @@ class OracleComparison(Panel):
         self.viewer.observe(self._point_changed, "frame")
         self._stage.children = [self.viewer]
         self._chart.draw(scan_figure(found, start))
-        self._table.value = scan_html(found, start, self._notes)
+        self._table.value = scan_html(found, start)
 
     def _rest(self) -> float:
         """Value of the coordinate in the undistorted molecule."""
@@ -310,4 +337,4 @@ class OracleComparison(Panel):
     def _point_changed(self, change: dict[str, Any]) -> None:
         with self._shown():
             self._chart.draw(move_marks(self._chart.figure, float(self.scan.values[change["new"]])))
-            self._table.value = scan_html(self.scan, change["new"], self._notes)
+            self._table.value = scan_html(self.scan, change["new"])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import numpy as np
 from rdkit.Chem import Mol, RemoveHs, RemoveHsParameters
 from rdkit.Chem.Draw.rdMolDraw2D import MolDraw2DSVG
 from rdkit.Chem.rdDepictor import Compute2DCoords
 
 from elign_lab.gpff import editing_state as editing
+from elign_lab.gpff.constraints import TOLERANCE, Sphere, depth_inside
 from elign_lab.gpff.editing_bonds import GROUPS
 from elign_lab.gpff.editing_run import Measures, RunSettings, accept, measure, regenerate
 from elign_lab.gpff.editing_state import EditorState, Structure
@@ -31,10 +33,13 @@ from elign_lab.widgets.viewer import MoleculeViewer
 EVALUATIONS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 SIGMAS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # Angstrom
 PICKED, FROZEN = "#ff9d2e", "#4c8dff"
+FORBIDDEN = "#2f9e8f"  # what the viewer lays over a molecule has this colour
 
 # legible on white and on black; carbon and bonds are black in RDKit's drawing and become the colour of the text
 _ATOM_COLORS = {6: (0, 0, 0), 1: (0, 0, 0), 7: (0.25, 0.47, 0.95), 8: (0.88, 0.27, 0.25), 9: (0.2, 0.63, 0.35)}
 _NOTE_COLOR = (0.54, 0.58, 0.64)
+# a region is shown as dots on its surface: the smallest atom of the viewer, too far apart for it to draw bonds
+_DOT, _DOT_AREA, _MOST_DOTS = 2, 0.8, 400  # helium, square Angstrom, per region
 
 
 # ---------------------------------------------------------------------- pure functions
@@ -44,6 +49,47 @@ def read_atoms(text: str) -> frozenset[int]:
     if not all(word.isdigit() for word in words):
         raise ValueError(f"picked atoms are {text!r}: expected indices such as '0, 3, 7', or nothing")
     return frozenset(map(int, words))
+
+
+def read_place(text: str) -> tuple[float, ...] | None:
+    """A place from a text such as "1.5, 0, -2" (x, y, z in Angstrom), None from "". Raises ValueError for others."""
+    words = text.replace(",", " ").split()
+    try:
+        place = tuple(map(float, words))
+    except ValueError:
+        place = ()
+    if words and len(place) != 3:
+        raise ValueError(f"the centre is {text!r}: expected x, y, z in Angstrom, or nothing for the picked atoms")
+    return place or None
+
+
+def region_dots(regions: Sequence[Sphere]) -> MoleculeBatch | None:
+    """Dots all over the surface of forbidden regions, as a molecule for the viewer to lay over; None without any."""
+    parts = []
+    for sphere in regions:
+        n = min(_MOST_DOTS, max(12, round(4 * np.pi * sphere.radius**2 / _DOT_AREA)))
+        height = 1 - (2 * np.arange(n) + 1) / n
+        turn = np.pi * (1 + 5**0.5) * np.arange(n)  # a Fibonacci lattice: even, for any number
+        across = np.sqrt(1 - height**2)
+        shell = np.stack([across * np.cos(turn), across * np.sin(turn), height], axis=1)
+        dots = np.asarray(sphere.centre) + sphere.radius * shell
+        others = [other for other in regions if other is not sphere]
+        buried = [np.linalg.norm(dots - np.asarray(other.centre), axis=1) < other.radius for other in others]
+        parts.append(dots[~np.any(buried, axis=0)] if buried else dots)
+    dots = np.concatenate(parts) if parts else np.zeros((0, 3))
+    return MoleculeBatch.from_arrays([(np.full(len(dots), _DOT), dots)], check=False) if len(dots) else None
+
+
+def region_options(regions: Sequence[Sphere]) -> list[tuple[str, int | None]]:
+    """Entries of the list of forbidden regions, each with its index; the first one stands for all."""
+    each: list[tuple[str, int | None]] = [(f"{i}: {sphere}", i) for i, sphere in enumerate(regions)]
+    return [(f"all, {_regions(len(each))}" if each else "no forbidden region", None), *each]
+
+
+def inside_regions(structure: Structure) -> list[int]:
+    """Atoms that lie in a forbidden region, which a run will move out of it."""
+    deep = depth_inside(structure.molecule.positions[0], structure.forbidden) > 10 * TOLERANCE
+    return [int(i) for i in deep.nonzero()]
 
 
 def depiction(structure: Structure, width: int = 340, height: int = 230) -> str:
@@ -110,7 +156,15 @@ def change_text(before: EditorState, after: EditorState) -> str:
     old, new = before.structure, after.structure
     what = f"{old.smiles} → {new.smiles}" if old.smiles != new.smiles else new.smiles
     counts = f"{new.n_atoms} atoms, {len(new.frozen)} frozen, {len(new.picked)} picked"
+    if new.forbidden:
+        inside = inside_regions(new)
+        leave = f", with atoms {', '.join(map(str, inside))} inside until Start" if inside else ""
+        counts += f", {_regions(len(new.forbidden))}{leave}"
     return f"{new.label}: {what}; {counts}"
+
+
+def _regions(count: int) -> str:
+    return f"{count} forbidden region{'s' if count > 1 else ''}"
 
 
 def _rgba(color: str) -> tuple[float, ...]:
@@ -144,13 +198,15 @@ class MoleculeEditor(Panel):
         self.live.observe(self._status_changed, "status")
         self._drawing, self._measures, self._link = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._message = ipywidgets.HTML()
+        self._shown_regions: tuple[Sphere, ...] = ()
         self._make_controls()
         super().__init__(
             "Molecular editor",
             "Click atoms to pick them; drag to rotate. "
             + badge("picked", "warn")
             + f"<span class='elp-badge' style='--elp-tone:{FROZEN}'>frozen</span>"
-            + " Start makes everything that is not frozen anew, from where it is plus noise.",
+            + f"<span class='elp-badge' style='--elp-tone:{FORBIDDEN}'>forbidden</span>"
+            + " Start makes everything that is not frozen anew, from where it is plus noise, out of forbidden regions.",
             self._layout(),
         )
         self._changed_structure()
@@ -200,6 +256,14 @@ class MoleculeEditor(Panel):
     def freeze_rest(self) -> None:
         """Freeze all but the picked atoms."""
         self._edit(editing.freeze_rest)
+
+    def forbid(self, radius: float, centre: Sequence[float] | None = None) -> None:
+        """Forbid a sphere (Angstrom) at `centre`, or around the place of each picked atom, to what is made anew."""
+        self._edit(partial(editing.forbid, radius=radius, centre=centre))
+
+    def allow(self, region: int | None = None) -> None:
+        """Allow a forbidden region again, by its index in `state.structure.forbidden`; None: all."""
+        self._edit(partial(editing.allow, region=region))
 
     def undo(self) -> None:
         """One step back."""
@@ -251,6 +315,17 @@ class MoleculeEditor(Panel):
         self.group = ipywidgets.Dropdown(options=list(GROUPS), tooltip="group", **narrow)
         names = [symbol(z) for z in self._model.config.elements]
         self.element = ipywidgets.Dropdown(options=names, value="N", tooltip="element", layout={"width": "60px"})
+        self.radius = ipywidgets.FloatText(
+            1.5, step=0.1, description="radius (Å)", layout={"width": "150px"}, style={"description_width": "70px"}
+        )
+        self.centre = ipywidgets.Text(
+            placeholder="x, y, z, or picked atoms",
+            tooltip="centre of the region in Å; empty: one around each picked atom",
+            layout={"width": "190px"},
+        )
+        self.regions = ipywidgets.Dropdown(
+            options=region_options(()), tooltip="forbidden regions", layout={"width": "300px"}
+        )
         self.at_once = ipywidgets.Checkbox(
             description="regenerate after every change", indent=False, layout={"width": "240px"}
         )
@@ -263,6 +338,8 @@ class MoleculeEditor(Panel):
             ("Freeze", "lock", "freeze the picked atoms", self.freeze),
             ("Freeze rest", "lock", "freeze all but the picked atoms", self.freeze_rest),
             ("Free", "unlock", "free the picked atoms, or all", self.free),
+            ("Forbid", "ban", "forbid a sphere at the centre, or around each picked atom", self._forbid_clicked),
+            ("Allow", "check", "allow the chosen region again", lambda: self.allow(self.regions.value)),
             ("Undo", "undo", "one step back", self.undo),
             ("Redo", "repeat", "one step forward", self.redo),
         ):
@@ -305,6 +382,7 @@ class MoleculeEditor(Panel):
         return [
             row(self.smiles, *buttons("Undo", "Redo"), self.atoms, *buttons("Freeze", "Freeze rest", "Free")),
             row(self.group, *buttons("Add", "Swap"), self.element, *buttons("Replace", "Delete")),
+            row(self.radius, self.centre, *buttons("Forbid"), self.regions, *buttons("Allow")),
             ipywidgets.HBox([self.viewer, side], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
             row(*self.controls.values(), self.at_once),
             self.live,
@@ -329,6 +407,10 @@ class MoleculeEditor(Panel):
             self.pick(atom)
             if atom not in self.state.structure.picked:
                 self.viewer.selected = None
+
+    def _forbid_clicked(self) -> None:
+        self.forbid(self.radius.value, read_place(self.centre.value))
+        self.centre.value = ""  # the next one is around the picked atoms again
 
     def _smiles_given(self, change: dict[str, Any]) -> None:
         if change["new"].strip():
@@ -373,11 +455,23 @@ class MoleculeEditor(Panel):
         self._link.value = sdf_link(self.state)
         self.buttons["Undo"].disabled = not self.state.past
         self.buttons["Redo"].disabled = not self.state.future
+        self._write_regions()
         self._changed_picks()
+
+    def _write_regions(self) -> None:
+        regions = self.state.structure.forbidden
+        if regions != self._shown_regions:
+            self._shown_regions = regions
+            self.regions.options = region_options(regions)
+            self.viewer.overlay(region_dots(regions))
 
     def _changed_picks(self) -> None:
         structure = self.state.structure
-        self.viewer.marks = {FROZEN: sorted(structure.frozen), PICKED: sorted(structure.picked)}
+        self.viewer.marks = {
+            FORBIDDEN: inside_regions(structure),
+            FROZEN: sorted(structure.frozen),
+            PICKED: sorted(structure.picked),
+        }
         self._drawing.value = depiction(structure)
         self._write_picks()
 
@@ -412,7 +506,8 @@ class MoleculeEditor(Panel):
 
     def _status_changed(self, change: dict[str, Any]) -> None:
         active = change["new"] in ("running", "paused")
-        for widget in (*self.buttons.values(), *self.controls.values(), self.smiles, self.atoms):
+        fields = (self.smiles, self.atoms, self.radius, self.centre, self.regions)
+        for widget in (*self.buttons.values(), *self.controls.values(), *fields):
             widget.disabled = active
         if not active:
             self.buttons["Undo"].disabled = not self.state.past
