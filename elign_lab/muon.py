@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon steps matrices, got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: one gradient is enough
         """One step."""
         for group in self.param_groups:
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)

@@ -393,7 +393,8 @@ class MoleculeViewer(anywidget.AnyWidget):
     def _read_drag(self, content: dict[str, Any]) -> Drag:
         if not self.draggable:
             raise ValueError("a drag in a view that is not draggable: make it with draggable=True")
-        panel, frame, atom = (content.get(name) for name in ("panel", "frame", "atom"))
+        given: dict[str, Any] = {"panel": None, "frame": None, "atom": None, **content}
+        panel, frame, atom = given["panel"], given["frame"], given["atom"]
         trajectory = self._trajectories[panel] if _is_index(panel, len(self._trajectories)) else []
         if not trajectory or not _is_index(frame, self.n_frames):
             raise ValueError(f"a drag in panel {panel}, frame {frame}, which is not there: nothing was moved")
