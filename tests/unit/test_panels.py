@@ -41,7 +41,7 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def trace(model, oracle):
-    return trace_group(model, oracle, SMALL, size=9, seed=4)
+    return trace_group(model, oracle, SMALL, size=18, seed=4)
 
 
 class Moody(Oracle):
@@ -79,7 +79,7 @@ def test_every_shown_computation_gives_its_shown_result(trace):
 
 
 def test_the_trace_is_what_the_trainer_does(trace, model, oracle):
-    policy = load_model("edm-mini").with_size_histogram({9: 1})
+    policy = load_model("edm-mini").with_size_histogram({18: 1})
     trainer = Trainer(policy, oracle, replace(SMALL, seed=4, evaluate_every=10**9))
     done = trainer.step()
     assert torch.equal(trace.rollouts.states, done.rollouts.states)
@@ -108,7 +108,7 @@ def test_the_shown_quantities_belong_together(trace):
 
 def test_the_log_ratio_is_that_of_two_densities(trace, oracle):
     """Independent of the stored-noise form: the two Gaussian densities of the paper, in float64."""
-    policy = load_model("edm-mini").with_size_histogram({9: 1})
+    policy = load_model("edm-mini").with_size_histogram({18: 1})
     trainer = Trainer(policy, oracle, replace(SMALL, seed=4, evaluate_every=10**9))
     trainer.step()
     r, k = trace.rollouts, 2
@@ -124,7 +124,7 @@ def test_the_log_ratio_is_that_of_two_densities(trace, oracle):
 
 
 def test_a_rollout_that_the_oracle_refuses_is_shown_as_such(model, oracle):
-    found = trace_group(model, Moody(oracle, lambda n: {1} if n == 4 else ()), SMALL, size=9, seed=4)
+    found = trace_group(model, Moody(oracle, lambda n: {1} if n == 4 else ()), SMALL, size=18, seed=4)
     assert found.ok.tolist() == [True, False, True, True]
     assert "not judged" in inspector.clip_badge(found, 1, 0, strong=True)
     assert "not judged" in inspector.group_html(found, 1, 0)
@@ -140,7 +140,7 @@ def test_a_rollout_that_the_oracle_refuses_is_shown_as_such(model, oracle):
 def test_a_potential_that_could_not_be_judged_is_held(model, oracle):
     # the call with all clean estimates (32), or with the scheduled ones (16), loses the second scheduled step
     bad = {32: range(12, 16), 16: range(4, 8)}
-    found = trace_group(model, Moody(oracle, lambda n: bad.get(n, ())), SMALL, size=9, seed=4)
+    found = trace_group(model, Moody(oracle, lambda n: bad.get(n, ())), SMALL, size=18, seed=4)
     assert found.judged_step(0, 3) == found.judged_step(0, 5) == 0
     line = next(line for line in explain(found, 0, 3) if line.name.startswith("potential"))
     assert line.name == "potential, taken from step 0"
@@ -162,7 +162,7 @@ def test_what_the_inspector_cannot_do(model, oracle, change, message):
 
 
 def test_reward_inspector_panel(model, oracle):
-    panel = RewardInspector(model, oracle, SMALL, size=9, seed=4)
+    panel = RewardInspector(model, oracle, SMALL, size=18, seed=4)
     assert repr(panel) == "RewardInspector(rollout 0 of 4, step 0 of 8)"
     first = panel.summary_html()
     panel.step, panel.member = 4, 2

@@ -173,7 +173,7 @@ def test_training_improves_the_reward():
         evaluate_every=100,
         evaluate_n=48,
     )
-    trainer = Trainer(load_model("edm-mini").with_size_histogram({7: 1}), SpringOracle(), config)
+    trainer = Trainer(load_model("edm-mini").with_size_histogram({14: 1}), SpringOracle(), config)
     before = trainer.evaluate()["eval_force"]
     trainer.run(progress=False)
     after = trainer.evaluate()["eval_force"]
