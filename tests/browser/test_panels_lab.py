@@ -12,7 +12,7 @@ from elign_lab import MoleculeBatch, load_model, load_oracle
 from elign_lab.alignment import cpu_mini
 from elign_lab.widgets import AlignmentDashboard, DFTCheck, OracleComparison, RewardInspector, SamplingPanel
 model, oracle = load_model("edm-mini"), load_oracle("learned")
-small = replace(cpu_mini(), groups=1, members=4, steps=20, skip_prefix=8, potential_stride=3)
+small = replace(cpu_mini(), groups=1, members=4, steps=40, skip_prefix=28, potential_stride=3)
 """
 INSPECTOR = """
 panel = RewardInspector(model, oracle, small, size=9)

@@ -288,7 +288,7 @@ def test_molecule_cards_say_what_the_metrics_say():
 
 # ---------------------------------------------------------------------- dashboard
 TINY = replace(
-    SMALL, members=2, steps=6, skip_prefix=2, iterations=3, evaluate_every=2, evaluate_n=2, learning_rate=3e-5
+    SMALL, members=2, steps=40, skip_prefix=36, iterations=3, evaluate_every=2, evaluate_n=2, learning_rate=3e-5
 )
 
 
@@ -296,6 +296,7 @@ def test_dashboard_stops_resumes_and_equals_the_trainer(model, oracle, tmp_path)
     panel = AlignmentDashboard(model, oracle, replace(TINY, iterations=50), out=tmp_path / "run", gallery=2)
     panel.start()
     while len(panel.rows) < 2:
+        assert panel.live.status == "running", panel.live.last_error
         time.sleep(0.02)
     panel.live.stop()
     panel.live.wait(60)
