@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.oracles.protocol import Evaluation, Molecule, Oracle
+from elign_lab.oracles.protocol import Evaluation, Molecule, Oracle, OracleResult
 
 
 class Tolerance(float, Enum):
@@ -148,6 +148,15 @@ def assert_batch_equals_single(oracle: Oracle, batch: MoleculeBatch, *, toleranc
         energy = float((together.energy[i] - alone.energy[0]).abs())
         force = float((together.forces[i, :n] - alone.forces[0]).abs().max())
         assert max(energy, force) <= tolerance, f"molecule {i}: energy off by {energy:.2e}, forces by {force:.2e}"
+
+
+def assert_failed(result: OracleResult, i: int, n_atoms: int, reason: str) -> None:
+    """Molecule i, of n_atoms atoms, has no numbers, and its status contains `reason`; the padding has zero forces."""
+    assert not result.ok[i]
+    assert reason in result.status[i]
+    assert torch.isnan(result.energy[i])
+    assert torch.isnan(result.forces[i, :n_atoms]).all()
+    assert (result.forces[i, n_atoms:] == 0).all()
 
 
 def _permutation(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -35,8 +35,8 @@ def main() -> None:
         kaleido.stop_sync_server(silence_warnings=True)
 
 
-def add_pictures(path: Path) -> int:
-    """Draw the figures of one notebook; returns how many."""
+def add_pictures(path: Path) -> None:
+    """Draw the figures of one notebook."""
     notebook = nbformat.read(path, as_version=4)
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     figures = [out.data for out in outputs if PLOTLY in out.get("data", {})]
@@ -44,7 +44,6 @@ def add_pictures(path: Path) -> int:
         data[PNG] = base64.b64encode(draw(data[PLOTLY])).decode()
     if figures:
         nbformat.write(notebook, path)
-    return len(figures)
 
 
 def draw(figure: dict[str, object]) -> bytes:

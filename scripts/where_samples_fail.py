@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from elign_lab import load_dataset, load_model
-from elign_lab.evaluation.restarts import restart_table
+from elign_lab import evaluate, load_dataset, load_model
+from elign_lab.evaluation.restarts import restart
 
 TIMES = (0, 50, 100, 200, 300, 400, 600, 800, 1000)
+
+METRICS = ("atom_stability", "molecule_stability", "validity")
 
 
 def main() -> None:
@@ -30,13 +32,10 @@ def main() -> None:
     reference = load_dataset("bundled", split="validation").batch(torch.arange(arguments.n))
     rows = []
     for t in tqdm(TIMES, desc="times"):
-        (result,) = restart_table(model, reference, [t], seed=arguments.seed).values()
-        row = {"t": t, "n": result.n}
-        for key in ("atom_stability", "molecule_stability", "validity"):
-            interval = getattr(result, key)
-            row[key] = {"value": interval.value, "low": interval.low, "high": interval.high}
-        rows.append(row)
-        tqdm.write(f"t = {t:4d}   " + "   ".join(f"{k} {100 * row[k]['value']:.1f} %" for k in list(row)[2:]))
+        result = evaluate(restart(model, reference, t, seed=arguments.seed))
+        found = {key: getattr(result, key) for key in METRICS}
+        rows.append({"t": t, "n": result.n, **{key: interval.to_dict() for key, interval in found.items()}})
+        tqdm.write(f"t = {t:4d}   " + "   ".join(f"{key} {100 * i.value:.1f} %" for key, i in found.items()))
     if arguments.out:
         table = {"model": arguments.model, "seed": arguments.seed, "rows": rows}
         arguments.out.write_text(json.dumps(table, indent=1) + "\n")

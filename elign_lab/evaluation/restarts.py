@@ -1,13 +1,10 @@
-"""At which times a model loses its molecules: noise real ones up to step t, denoise them, and judge the result."""
+"""At which times a model loses its molecules: noise real ones up to step t and denoise them again."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from elign_lab.denoiser import Denoiser
-from elign_lab.evaluation.report import Evaluation, evaluate
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling import ancestral, decode_record
 
@@ -26,10 +23,3 @@ def restart(model: Denoiser, reference: MoleculeBatch, t: int, *, seed: int = 0)
     z_t = model.diffuse(z, torch.full((len(z),), t, device=z.device), model.noise(mask, generator))
     *_, last = ancestral(model, mask, grid=range(t, -1, -1), z=z_t, generator=generator)
     return decode_record(model, last).to("cpu")
-
-
-def restart_table(
-    model: Denoiser, reference: MoleculeBatch, times: Sequence[int], *, seed: int = 0
-) -> dict[int, Evaluation]:
-    """`restart` from each time, evaluated without an oracle: {t: Evaluation}."""
-    return {t: evaluate(restart(model, reference, t, seed=seed)) for t in times}

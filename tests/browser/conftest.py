@@ -175,6 +175,24 @@ class Notebook:
             k,
         )
 
+    def oxygen(self) -> tuple[float, float]:
+        """Where on the page the first canvas shows the only oxygen: the middle of what is red."""
+        x, y = self.page.evaluate(
+            """() => {
+                const canvas = document.querySelector(".elp .elv canvas"), ratio = canvas.width / canvas.clientWidth;
+                const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                const reds = [];
+                for (let y = 0; y < height; y += 2) for (let x = 0; x < width; x += 2) {
+                    const at = 4 * (y * width + x), red = data[at] - Math.max(data[at + 1], data[at + 2]);
+                    if (data[at + 3] === 255) reds.push([x / ratio, y / ratio, red]);
+                }
+                const top = Math.max(...reds.map((r) => r[2])), best = reds.filter((r) => r[2] > 0.7 * top);
+                const box = canvas.getBoundingClientRect();
+                return [box.left, box.top].map((o, c) => o + best.reduce((sum, r) => sum + r[c], 0) / best.length);
+            }"""
+        )
+        return x, y
+
     def picture(self, name: str) -> None:
         """A screenshot of the page."""
         self.page.screenshot(path=str(self.screenshots / f"{name}.png"))

@@ -59,25 +59,6 @@ def _pick(nb, atoms: str) -> None:
     field.press("Enter")
 
 
-def _oxygen(nb) -> tuple[float, float]:
-    """Where the view shows the only oxygen: the middle of what is red."""
-    box = nb.page.locator(".elp .elv canvas").bounding_box()
-    x, y = nb.page.evaluate(
-        """() => {
-            const canvas = document.querySelector(".elp .elv canvas"), ratio = canvas.width / canvas.clientWidth;
-            const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-            const reds = [];
-            for (let y = 0; y < height; y += 2) for (let x = 0; x < width; x += 2) {
-                const at = 4 * (y * width + x), red = data[at] - Math.max(data[at + 1], data[at + 2]);
-                if (data[at + 3] === 255) reds.push([x / ratio, y / ratio, red]);
-            }
-            const top = Math.max(...reds.map((r) => r[2])), best = reds.filter((r) => r[2] > 0.7 * top);
-            return [0, 1].map((c) => best.reduce((sum, r) => sum + r[c], 0) / best.length);
-        }"""
-    )
-    return box["x"] + x, box["y"] + y
-
-
 def _dark(nb, dark: bool) -> None:
     theme = "JupyterLab Dark" if dark else "JupyterLab Light"
     nb.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
@@ -94,7 +75,7 @@ def test_editor(notebook):
 
     # a click picks an atom, the drawing shows it; a second click puts it back
     plain = nb.page.locator(".elp svg").last.inner_html()
-    spot = _oxygen(nb)
+    spot = nb.oxygen()
     nb.page.mouse.click(*spot)
     nb.wait_for("!document.querySelector('.elp .elv-label').hidden")
     nb.expect(PICKED, "['O']")

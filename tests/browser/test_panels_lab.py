@@ -144,18 +144,6 @@ def test_oracle_comparison(notebook):
     nb.expect("print(panel.molecule.formula(0), panel.smiles.value)", "C2H4O CC=O")
 
 
-OXYGEN = """() => {
-    const canvas = document.querySelector(".elp .elv canvas"), ratio = canvas.width / canvas.clientWidth;
-    const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-    const reds = [];
-    for (let y = 0; y < height; y += 2) for (let x = 0; x < width; x += 2) {
-        const at = 4 * (y * width + x), red = data[at] - Math.max(data[at + 1], data[at + 2]);
-        if (data[at + 3] === 255) reds.push([x / ratio, y / ratio, red]);
-    }
-    const top = Math.max(...reds.map((r) => r[2])), best = reds.filter((r) => r[2] > 0.7 * top);
-    const box = canvas.getBoundingClientRect();
-    return [box.left, box.top].map((o, c) => o + best.reduce((sum, r) => sum + r[c], 0) / best.length);
-}"""
 MOVED = "(panel.dragged.molecule.positions - panel.dragged.start.positions)[0]"
 
 
@@ -182,7 +170,7 @@ def test_dragging_an_atom(notebook):
 
     # the oxygen, 60 pixels to the right and 30 down: the learned oracle answers while the button is down
     start = time.monotonic()
-    _pull(nb, *nb.page.evaluate(OXYGEN), 60, 30)
+    _pull(nb, *nb.oxygen(), 60, 30)
     nb.wait_for("document.querySelector('.elp table').innerText.includes('asked when you let go')")
     nb.wait_for("/[1-9]/.test(document.querySelector('.elp tbody td:nth-child(2)').innerText)")
     nb.expect("print(len(drags) > 0 and not any(drag.done for drag in drags))", "True")

@@ -22,19 +22,19 @@ def figures_of(name: str) -> dict[str, Any]:
 
 
 def apart(molecules: MoleculeBatch, figures: dict[str, Any]) -> list[str]:
-    """The headline figures of these molecules that are over 3 standard errors from the passport's."""
+    """The headline figures whose 95 % intervals, of the passport and of these molecules, have no number in common."""
     with load_oracle("xtb", workers=0) as oracle:
         found = evaluate(molecules, oracle).to_dict()
     return [key for key in HEADLINE if not near(found[key]["value"], figures[key], len(molecules) / figures["n"])]
 
 
 def near(value: float | None, figure: dict[str, float], share: float) -> bool:
-    """Whether a figure of a sample `share` as large is within 3 standard errors; what has no value is not.
+    """Whether the intervals of a figure and of a sample `share` as large meet; what has no value has no interval.
 
-    The error of both comes from the passport's interval: that of a few molecules with one or two failures is too small.
+    The width of both comes from the passport: that of a few molecules with one or two failures is too small.
     """
-    error = (figure["high"] - figure["low"]) / (2 * 1.96) * (1 + 1 / share) ** 0.5
-    return value is not None and abs(value - figure["value"]) <= 3 * error
+    half = (figure["high"] - figure["low"]) / 2
+    return value is not None and abs(value - figure["value"]) <= half * (1 + share**-0.5)
 
 
 @pytest.mark.slow

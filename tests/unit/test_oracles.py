@@ -14,8 +14,9 @@ from ase.calculators.lj import LennardJones
 
 from elign_lab.benchmarks.oracles import alkane
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.oracles import ORACLES, Oracle, OracleResult, clip_forces, f_rms, load_oracle
+from elign_lab.oracles import ORACLES, Oracle, clip_forces, f_rms, load_oracle
 from elign_lab.oracles.protocol import Evaluation
+from elign_lab.testing import assert_failed
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 ANI_WEIGHTS = SHARED / "data" / "ani-2x" / "ani-2x_8x"
@@ -28,14 +29,6 @@ METHYL = ([6, 1, 1, 1], [[0.0, 0.0, 0.0], [1.079, 0.0, 0.0], [-0.5395, 0.9344, 0
 
 def batch_of(*molecules, check=False) -> MoleculeBatch:
     return MoleculeBatch.from_arrays(molecules, check=check)
-
-
-def assert_failed(result: OracleResult, i: int, n_atoms: int, reason: str) -> None:
-    assert not result.ok[i]
-    assert reason in result.status[i]
-    assert torch.isnan(result.energy[i])
-    assert torch.isnan(result.forces[i, :n_atoms]).all()
-    assert (result.forces[i, n_atoms:] == 0).all()
 
 
 # ---------------------------------------------------------------------- limits, options

@@ -26,6 +26,7 @@ from elign_lab.benchmarks.oracles import alkane
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import ORACLES, Oracle, OracleResult, f_rms, load_oracle
 from elign_lab.oracles.escn import EscnCheckpoint, EscnConfig, build_escn
+from elign_lab.testing import assert_failed
 
 ANI_WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "ani-2x" / "ani-2x_8x"
 needs_ani = pytest.mark.skipif(not ANI_WEIGHTS.is_dir(), reason="the ANI-2x weights are not part of the repository")
@@ -159,14 +160,6 @@ def bench(tmp_path_factory):
 
 def batch_of(*molecules) -> MoleculeBatch:
     return MoleculeBatch.from_arrays(molecules, check=False)
-
-
-def assert_failed(result: OracleResult, i: int, n_atoms: int, reason: str) -> None:
-    assert not result.ok[i]
-    assert reason in result.status[i]
-    assert torch.isnan(result.energy[i])
-    assert torch.isnan(result.forces[i, :n_atoms]).all()
-    assert (result.forces[i, n_atoms:] == 0).all()
 
 
 def assert_only_the_middle_fails(oracle: Oracle, molecule, cell: Cell, alone: OracleResult) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from elign_lab import load_dataset, load_model
-from elign_lab.evaluation import stability
-from elign_lab.evaluation.restarts import restart, restart_table
+from elign_lab.evaluation import evaluate, stability
+from elign_lab.evaluation.restarts import restart
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_the_further_up_the_further_away(model, reference):
     assert torch.equal(near.numbers, reference.numbers)
 
 
-def test_table_is_seeded(model, reference):
-    first, second = (restart_table(model, reference, [5], seed=3)[5] for _ in range(2))
+def test_it_is_seeded(model, reference):
+    first, second = (evaluate(restart(model, reference, 5, seed=3)) for _ in range(2))
     assert first.molecules.smiles == second.molecules.smiles
     assert first.n == len(reference)
 

@@ -1,11 +1,11 @@
-"""What the panels share: the frame with its style sheet and error line, badges, number format, figure layout."""
+"""What the panels share: the frame with its style sheet and error line, badges, tables, numbers, figure layout."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ def number(value: float, digits: int = 4) -> str:
     if math.isnan(value):
         return "\N{EN DASH}"
     return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
+
+
+def headed_table(names: Iterable[str], rows: Iterable[str]) -> str:
+    """A table of HTML rows (`<tr>...</tr>`) under the names of the columns."""
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def figures_row(values: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ from elign_lab.widgets.panels.base import (
     add_mark,
     badge,
     escape,
+    headed_table,
     move_marks,
     number,
     style_figure,
@@ -182,8 +183,7 @@ def scan_html(found: Scan, point: int) -> str:
         cells = "".join(f"<td>{number(float(v))}</td>" for v in values)
         rows.append(f"<tr><td>{name}</td>{cells}<td>{badge(status, 'good' if status == 'ok' else 'bad')}</td></tr>")
     names = ("oracle", "E above its lowest (eV)", "f_RMS (eV/Å)", "lowest at (Å)", "status")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return headed_table(names, rows)
 
 
 def missing_html(notes: Mapping[str, str]) -> str:

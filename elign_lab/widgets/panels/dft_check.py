@@ -13,7 +13,7 @@ from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.dft import DFTOracle
 from elign_lab.oracles.protocol import Oracle, f_rms
 from elign_lab.widgets.live import Live
-from elign_lab.widgets.panels.base import Panel, badge, escape, number
+from elign_lab.widgets.panels.base import Panel, badge, escape, headed_table, number
 from elign_lab.widgets.viewer import MoleculeViewer
 
 BASIS = "6-31g(d)"
@@ -75,8 +75,7 @@ def verdict_html(verdicts: list[Verdict], reference: str = "dft") -> str:
         status = badge(v.status, "good" if v.status == "ok" else "bad")
         rows.append(f"<tr><td>{escape(v.oracle)}</td>{''.join(f'<td>{c}</td>' for c in cells)}<td>{status}</td></tr>")
     names = ("oracle", "E_f (eV/atom)", "f_RMS (eV/Å)", "cos of forces with DFT", "seconds", "status")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return headed_table(names, rows)
 
 
 # ---------------------------------------------------------------------- the panel

@@ -12,7 +12,7 @@ import torch
 from elign_lab.molecules import MoleculeBatch, symbol
 from elign_lab.oracles.learned import LearnedOracle
 from elign_lab.oracles.protocol import Oracle, f_rms
-from elign_lab.widgets.panels.base import badge, escape, number
+from elign_lab.widgets.panels.base import badge, escape, headed_table, number
 from elign_lab.widgets.viewer import Drag, MoleculeViewer
 
 FORCE_MAX = 10.0  # eV/Angstrom; fixed, so that an arrow grows with its force
@@ -86,8 +86,7 @@ def answers_html(answers: Mapping[str, Answer], start: Mapping[str, Answer]) -> 
         cells = "".join(f"<td>{value}</td>" for value in values)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}<td>{badge(answer.status, tone)}</td></tr>")
     names = ("oracle", "E above the start (eV)", "f_RMS (eV/Å)", "largest force (eV/Å)", "status")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return headed_table(names, rows)
 
 
 # ---------------------------------------------------------------------- the view

@@ -24,6 +24,7 @@ from elign_lab.widgets.panels.base import (
     add_mark,
     badge,
     escape,
+    headed_table,
     move_marks,
     number,
     style_figure,
@@ -65,7 +66,6 @@ def _numbers_html(line: Line) -> str:
 def group_html(trace: RewardTrace, member: int, step: int) -> str:
     """The whole group at one step, one row a rollout; the chosen rollout is marked."""
     names = ("rollout", "result", "r_E", "r_F", "G_t", "A^E", "A^F", "A", "ρ", "")
-    head = "".join(f"<th>{name}</th>" for name in names)
     rows = []
     for i in range(trace.members):
         values = (
@@ -82,7 +82,7 @@ def group_html(trace: RewardTrace, member: int, step: int) -> str:
         formula = trace.rollouts.molecules.formula(i)
         rows.append(f"<tr{here}><td>{i}</td><td>{formula}</td>{cells}<td>{clip_badge(trace, i, step)}</td></tr>")
     return (
-        f"<div class='elp-scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class='elp-scroll'>{headed_table(names, rows)}</div>"
         "<div class='elp-note'>r_E, G_t in eV/atom, r_F in eV/Å; r_E and r_F are rewards of the result, "
         "G_t to ρ belong to this step.</div>"
     )
