@@ -99,11 +99,14 @@ def _load_own(path: Path) -> Denoiser:
     state, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a denoiser of this package: format {metadata.get('format')!r}, not {FORMAT!r}")
-    config = json.loads(metadata["config"])
-    config["elements"], config["scale"] = tuple(config["elements"]), tuple(config["scale"])
-    config["size_histogram"] = tuple((int(n), int(c)) for n, c in config["size_histogram"])
-    model = Denoiser(DenoiserConfig(**config))
-    model.load_state_dict({key: value.float() for key, value in state.items()})
+    try:
+        config = json.loads(metadata["config"])
+        config["elements"], config["scale"] = tuple(config["elements"]), tuple(config["scale"])
+        config["size_histogram"] = tuple((int(n), int(c)) for n, c in config["size_histogram"])
+        model = Denoiser(DenoiserConfig(**config))
+        model.load_state_dict({key: value.float() for key, value in state.items()})
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or made by another version: {error}") from error
     return model
 
 
@@ -240,7 +243,10 @@ def _load_public_edm(folder: Path) -> Denoiser:
     args = folder / "args.pickle"
     if weights is None or not args.is_file():
         raise FileNotFoundError(f"{folder} is not in the public EDM format: expected {EDM_WEIGHTS[0]} and args.pickle")
-    config = edm_config(read_edm_args(args))
+    try:
+        config = edm_config(read_edm_args(args))
+    except KeyError as error:
+        raise ValueError(f"{args} has no setting {error}: it is not of a public EDM run") from error
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

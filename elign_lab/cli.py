@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if arguments.debug:
             raise
         print(f"elign-lab: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -127,7 +127,6 @@ def _add_training(commands: Any) -> None:
     _add_model(p)
     p.add_argument("--preset", default="cpu_mini", help="cpu_mini, qm9_paper or geom_paper (default: %(default)s)")
     _add_alignment(p)
-    p.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
     _add_set(p, "AlignConfig, for example kl_weight=0.01")
 
     p = _command(commands, "fit-oracle", _fit_oracle, "train a learned oracle from the labels of another one", again)
@@ -201,7 +200,7 @@ def _add_gpff(commands: Any) -> None:
     p.add_argument(
         "--evaluations", type=_positive, default=64, help="network evaluations for each (default: %(default)s)"
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of compositions and noise (default: %(default)s)")
     p.add_argument("--out", type=Path, help="file.xyz, file.sdf or file.npz (default: xyz to standard output)")
 
     p = _command(commands, "evaluate", _gpff_evaluate, "judge the structures of each sampler against evaluations")
@@ -214,7 +213,7 @@ def _add_gpff(commands: Any) -> None:
         help="network evaluations, separated by commas (default: 4,6,8,16,32,64,128,256)",
     )
     p.add_argument("--denoiser", metavar="MODEL", help="a denoiser to compare with, such as edm-mini")
-    p.add_argument("--seed", type=int, default=0, help="seed of compositions and noise (default: %(default)s)")
+    p.add_argument("--seed", type=_seed, default=0, help="seed of compositions and noise (default: %(default)s)")
     p.add_argument("--out", type=Path, help="also write the table to this JSON file")
     _add_json(p)
 
@@ -266,7 +265,7 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=_positive, default=64, help="number of molecules (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="reverse steps (default: all of the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sizes and noise (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of sizes and noise (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
 
 
@@ -282,14 +281,25 @@ def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return value
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [_at_least(1, part) for part in text.split(",")]
 
 
 # ---------------------------------------------------------------------- commands
@@ -395,7 +405,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 def _align(arguments: argparse.Namespace) -> int:
     from elign_lab.alignment import PRESETS, align
 
-    return _run_alignment(arguments, PRESETS, align, lambda: _model(arguments.model, arguments.device))
+    return _run_alignment(arguments, PRESETS, align, lambda: _model(arguments.model, "cpu"))
 
 
 def _fit_oracle(arguments: argparse.Namespace) -> int:
@@ -442,7 +452,9 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    evaluation, _ = _sample_and_evaluate(arguments.model, arguments)
+    model = _model(arguments.model, arguments.device)
+    with _oracle(arguments) as oracle:
+        evaluation, _ = _sample_and_evaluate(model, oracle, arguments)
     if not arguments.json:
         print(evaluation.table())
         return 0
@@ -456,8 +468,13 @@ def _report(arguments: argparse.Namespace) -> int:
     from elign_lab.training import read_json_lines
 
     history = None if arguments.history is None else read_json_lines(arguments.history)
-    base, base_molecules = _sample_and_evaluate(arguments.base, arguments)
-    aligned, aligned_molecules = _sample_and_evaluate(arguments.aligned, arguments)
+    if history == []:
+        raise ValueError(f"--history {arguments.history} holds no iteration: expected the log.jsonl of an alignment")
+    models = [_model(name, arguments.device) for name in (arguments.base, arguments.aligned)]
+    with _oracle(arguments) as oracle:
+        (base, base_molecules), (aligned, aligned_molecules) = (
+            _sample_and_evaluate(model, oracle, arguments) for model in models
+        )
     write_html(arguments.out, base, aligned, base_molecules, aligned_molecules, history)
     print(compare(base, aligned).table())
     print(f"report: {arguments.out}")
@@ -512,10 +529,9 @@ def _gpff_evaluate(arguments: argparse.Namespace) -> int:
         "machine": machine(),
         "rows": quality_json(rows),
     }
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text if arguments.json else quality_text(rows))
+    if arguments.out is not None:
+        _write_json(arguments.out, result)
+    print(json.dumps(result, indent=2) if arguments.json else quality_text(rows))
     return 0
 
 
@@ -576,7 +592,12 @@ def _model(name: str, device: str | None) -> Any:
 
     from elign_lab.checkpoints import load_model
 
-    return load_model(name, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    return load_model(name, device=device)
 
 
 def _oracle(arguments: argparse.Namespace) -> Oracle:
@@ -596,16 +617,14 @@ def _oracle(arguments: argparse.Namespace) -> Oracle:
     return load_oracle(arguments.oracle, **options)
 
 
-def _sample_and_evaluate(model: str, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:
+def _sample_and_evaluate(model: Any, oracle: Oracle, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:
     from elign_lab.evaluation import evaluate
     from elign_lab.sampling import sample
 
-    denoiser = _model(model, arguments.device)
-    molecules = sample(denoiser, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
+    molecules = sample(model, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
     if len(molecules) < arguments.n:  # an interrupted sample is not what was asked for
         raise KeyboardInterrupt
-    with _oracle(arguments) as oracle:
-        return evaluate(molecules, oracle, seed=arguments.seed), molecules
+    return evaluate(molecules, oracle, seed=arguments.seed), molecules
 
 
 def _check_suffix(path: Path | None) -> None:

@@ -114,7 +114,10 @@ def _direction(change: Interval) -> str:
 
 
 def _sample(model: Denoiser, config: DemoConfig) -> MoleculeBatch:
-    return sample(model, config.n, steps=config.steps, seed=config.seed, progress=True)
+    molecules = sample(model, config.n, steps=config.steps, seed=config.seed, progress=True)
+    if len(molecules) < config.n:  # an interrupted sample is not what was asked for
+        raise KeyboardInterrupt
+    return molecules
 
 
 def _fingerprint(model: Denoiser, config: DemoConfig) -> str:

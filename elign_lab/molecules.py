@@ -108,6 +108,7 @@ class MoleculeBatch:
             index = [index]
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.mask.device)
+            index = index.unsqueeze(0) if index.dim() == 0 else index
             if index.numel() == 0:
                 index = index.long()  # torch reads an empty list as floats
         mask = self.mask[index]
@@ -171,6 +172,8 @@ class MoleculeBatch:
         for i, (z, x) in enumerate(pairs):
             if tuple(x.shape) != (len(z), 3):
                 raise ValueError(f"molecule {i}: {len(z)} atomic numbers but positions of shape {tuple(x.shape)}")
+            if bool((z != z.long()).any()):
+                raise ValueError(f"molecule {i}: expected whole atomic numbers, got {z.tolist()}")
         n = max((len(z) for z, _ in pairs), default=0)
         dtype = torch.float64 if any(x.dtype == torch.float64 for _, x in pairs) else torch.float32
         numbers = torch.zeros(len(pairs), n, dtype=torch.long)
@@ -276,6 +279,8 @@ class MoleculeBatch:
             except ValueError:
                 raise ValueError(f"{where}: expected the number of atoms, got {lines[at]!r}") from None
             rows = [line.split() for line in lines[at + 2 : at + 2 + n]]
+            if n < 1:
+                raise ValueError(f"{where}: expected at least one atom, got {n}")
             if len(rows) < n:
                 raise ValueError(f"{where}: {n} atoms announced, {len(rows)} lines found: the file is truncated")
             try:
@@ -326,10 +331,14 @@ class MoleculeBatch:
 
 
 def _check_content(numbers: Tensor, positions: Tensor, mask: Tensor) -> None:
-    """Raise ValueError for the first molecule that is empty, has an unknown element or a non-finite coordinate."""
+    """Raise ValueError for the first molecule that is empty, or has padding before an atom, a bad element or place."""
     empty = ~mask.any(1)
     if bool(empty.any()):
         raise ValueError(f"molecule {int(empty.nonzero()[0])} is empty: its mask has no real atom")
+    split = mask[:, 1:] & ~mask[:, :-1]
+    if bool(split.any()):
+        i, a = (int(k) for k in split.nonzero()[0])
+        raise ValueError(f"molecule {i}: padding before atom {a + 1}, expected the real atoms first")
     unknown = mask & ((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))
     if bool(unknown.any()):
         i, a = (int(k) for k in unknown.nonzero()[0])

@@ -171,6 +171,29 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+class LossWatch:
+    """Ends a run whose loss has blown up while its last good checkpoint is still there.
+
+    `check` takes the mean loss since the last look, in every process, and raises FloatingPointError when it is
+    undefined or over 100 times the lowest seen so far.
+    """
+
+    LIMIT = 100.0
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self.lowest = checkpoint, math.inf
+
+    def check(self, step: int, loss: float) -> None:
+        """Look at the mean loss of the steps up to `step`."""
+        if not loss <= self.LIMIT * self.lowest:  # also for a loss that is not a number
+            kept = f"{self.checkpoint} is from before" if self.checkpoint.exists() else "no checkpoint was written yet"
+            raise FloatingPointError(
+                f"the loss is {loss:.3g} after {step} steps, the lowest before was {self.lowest:.3g}; the run was "
+                f"ended, {kept}. Lower the learning rate: by a larger decay=, or by learning_rate= in another folder"
+            )
+        self.lowest = min(self.lowest, loss)
+
+
 class StopRequest:
     """Ctrl-C as a request: `requested` becomes True, and the loop stops where its state is whole. A second one raises.
 

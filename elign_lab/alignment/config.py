@@ -68,6 +68,15 @@ class AlignConfig:
             "updates": self.updates >= 1,
             "epochs": self.epochs >= 1,
             "potential_stride": self.potential_stride >= 1,
+            "force_clip": self.force_clip is None or self.force_clip > 0,
+            "energy_clip": self.energy_clip is None or self.energy_clip > 0,
+            "adv_clip": self.adv_clip is None or self.adv_clip > 0,
+            "kl_weight": self.kl_weight >= 0,
+            "max_grad_norm": self.max_grad_norm > 0,
+            "seed": self.seed >= 0,
+            "evaluate_every": self.evaluate_every >= 1,
+            "evaluate_n": self.evaluate_n >= 1,
+            "checkpoint_every": self.checkpoint_every >= 1,
             "max_failure_share": 0 < self.max_failure_share <= 1,
         }
         for name, fine in checks.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class Rollouts:
     def steps(self) -> int:
         """S, the number of trained transitions of each rollout."""
         return len(self.times) - 1
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Rollouts in which every state and prediction is finite, (G K,) bool on the CPU."""
+        return (self.states.isfinite() & self.eps.isfinite()).flatten(2).all(-1).all(0).cpu()
 
     def clean(self, model: Denoiser, step: int) -> MoleculeBatch:
         """The clean estimates x0_hat(z_t) at trained step `step` as molecules, with the estimate's own types."""

@@ -6,7 +6,7 @@ molecules of different composition compare; Phi = -E_f of the clean estimate wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,11 +140,19 @@ def duplicate_channel(weight: float) -> TerminalChannel:
     return TerminalChannel("duplicate", weight, reward)
 
 
-def novelty_channel(weight: float, reference: Sequence[str]) -> TerminalChannel:
-    """-1 for a molecule whose SMILES is in the reference set, 0 otherwise (not in the paper)."""
-    from elign_lab.evaluation import smiles
+def novelty_channel(weight: float, reference: Iterable[str | None]) -> TerminalChannel:
+    """-1 for a molecule whose SMILES is in the reference set, 0 otherwise (not in the paper).
 
-    known = set(reference)
-    return TerminalChannel(
-        "novelty", weight, lambda molecules: torch.tensor([-1.0 if s in known else 0.0 for s in smiles(molecules)])
-    )
+    The reference must be written as `elign_lab.evaluation.novelty` says; the reward raises ValueError where it is not.
+    """
+    from elign_lab.evaluation import smiles
+    from elign_lab.evaluation.validity import check_reference
+
+    known = {s for s in reference if s is not None}
+
+    def reward(molecules: MoleculeBatch) -> Tensor:
+        found = smiles(molecules)
+        check_reference(found, known)
+        return torch.tensor([-1.0 if s in known else 0.0 for s in found])
+
+    return TerminalChannel("novelty", weight, reward)

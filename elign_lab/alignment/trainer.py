@@ -97,6 +97,9 @@ class PolicyTrainer(ABC):
         self.policy = policy.to(self.accelerator.device)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.oracle, self.config, self.channels = oracle, config, tuple(channels)
+        names = [ch.name for ch in self.channels]
+        if len({*names, "energy", "force"}) < len(names) + 2:
+            raise ValueError(f"channels {names}: each needs a name of its own, other than 'energy' and 'force'")
         if config.groups % self.accelerator.num_processes:
             raise ValueError(
                 f"groups = {config.groups} cannot be shared by {self.accelerator.num_processes} processes: "
@@ -246,6 +249,8 @@ class PolicyTrainer(ABC):
         described = {}
         if self.accelerator.is_main_process:
             molecules = self.evaluation_set()
+            if len(molecules) < c.evaluate_n:  # samplers return what is finished when they are interrupted
+                raise KeyboardInterrupt
             described = self.describe(molecules)
             energy, force, ok = terminal_rewards(
                 molecules, self.oracle, force_clip=c.force_clip, energy_clip=c.energy_clip
@@ -289,6 +294,11 @@ class PolicyTrainer(ABC):
     def _choose_units(self, steps: int, index: int) -> Tensor:
         """Indices group * S + step of the (group, step) units to train on, over the groups of all processes."""
         units = self.config.groups * steps
+        if units < self.config.updates:
+            raise ValueError(
+                f"updates = {self.config.updates}, but an iteration has {units} (group, step) pairs for them: "
+                "use fewer updates, more groups or a shorter prefix"
+            )
         wanted = self.config.pairs_per_iteration
         if wanted is None or wanted >= units * self.config.members:
             return torch.arange(units)
@@ -303,7 +313,8 @@ class PolicyTrainer(ABC):
         factor = warmup_cosine(self.updates_done, c.warmup, c.total_updates, c.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = c.learning_rate * factor
-        self.optimizer.zero_grad(set_to_none=False)
+        for p in self.parameters:  # zeros and not None: a process may have no pair in this step
+            p.grad = torch.zeros_like(p)
         for chunk in units.split(max(c.pairs_per_call // rollouts.members, 1)):
             self._accumulate(rollouts, advantages, chunk, processes / pairs, sums)
         average_gradients(self.accelerator, self.parameters)
@@ -317,8 +328,12 @@ class PolicyTrainer(ABC):
         group = (units // rollouts.steps).repeat_interleave(k)
         step = (units % rollouts.steps).repeat_interleave(k)
         member = torch.arange(k).repeat(len(units))
-        row = (group * k + member).to(device)
-        step = step.to(device)
+        row = group * k + member
+        # a rollout that has left the finite numbers was dropped; its NaN would undo the gradient of all the others
+        kept = rollouts.finite[row]
+        row, step = row[kept].to(device), step[kept].to(device)
+        if len(row) == 0:
+            return
         noise, eps_old = rollouts.noise[step, row], rollouts.eps[step, row]
         scale_t = self.ratio_scale(rollouts)[step].to(noise.dtype)
         with torch.no_grad():
@@ -341,15 +356,16 @@ class PolicyTrainer(ABC):
 
     # ------------------------------------------------------------------ bookkeeping
     def _reward_metrics(self, rewards: Rewards) -> dict[str, float]:
-        """Means over the rollouts of all processes that the oracle could judge."""
+        """Means over the rollouts of all processes that could be judged, NaN when none could; number of failed ones."""
         ok = rewards.ok
-        values = [ok.sum(), (~ok).sum(), rewards.energy[ok].sum(), rewards.force[ok].sum()]
-        values += [v[ok & v.isfinite()].sum() for v in rewards.channels.values()]
-        total = self.accelerator.reduce(torch.stack([v.double() for v in values]).to(self.accelerator.device), "sum")
-        good, failed, energy, force, *channels = total.tolist()
-        good = max(good, 1)
-        named = {f"reward_{name}": v / good for name, v in zip(rewards.channels, channels, strict=True)}
-        return {"reward_energy": energy / good, "reward_force": force / good, "failed": failed, **named}
+        named = {"energy": rewards.energy, "force": rewards.force, **rewards.channels}
+        good = [v[ok & v.isfinite()].double() for v in named.values()]
+        sums = [(~ok).sum().double(), *(v.sum() for v in good)]
+        counts = [torch.tensor(float(len(v)), dtype=torch.float64, device=ok.device) for v in good]
+        found = self.accelerator.reduce(torch.stack([*sums, *counts]).to(self.accelerator.device), "sum").tolist()
+        failed, totals, judged = found[0], found[1 : 1 + len(named)], found[1 + len(named) :]
+        means = [total / n if n else float("nan") for total, n in zip(totals, judged, strict=True)]
+        return {**{f"reward_{name}": mean for name, mean in zip(named, means, strict=True)}, "failed": failed}
 
     def _check_failures(self, index: int, failed: float, total: int) -> None:
         if failed > self.config.max_failure_share * total:
@@ -365,7 +381,7 @@ class PolicyTrainer(ABC):
             return
         state = {
             "config": asdict(self.config),
-            "channels": [ch.name for ch in self.channels],
+            "channels": self._channel_settings(),
             "iteration": self.iteration,
             "updates_done": self.updates_done,
             "best": self.best,
@@ -380,12 +396,20 @@ class PolicyTrainer(ABC):
         state: dict[str, Any] = load_state(path)
         free = {"iterations", "evaluate_every", "checkpoint_every", "max_failure_share", "pairs_per_call"}
         require_same_run(path, state["config"], self.config, free)
-        if state["channels"] != [ch.name for ch in self.channels]:
-            raise ValueError(f"{path} was made with the channels {state['channels']}: use another folder")
+        if state["channels"] != self._channel_settings():
+            raise ValueError(
+                f"{path} was made with the channels {state['channels']}, not {self._channel_settings()}: "
+                "use another folder"
+            )
+        saved, given = state["reference"], self.reference.state_dict()
+        if saved.keys() != given.keys() or any(not torch.equal(v, given[key].cpu()) for key, v in saved.items()):
+            raise ValueError(f"{path} was made from another model than the one given now: use another folder")
         self.policy.load_state_dict(state["policy"])
-        self.reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration, self.updates_done, self.best = state["iteration"], state["updates_done"], state["best"]
+
+    def _channel_settings(self) -> list[list[Any]]:
+        return [[ch.name, ch.weight] for ch in self.channels]
 
 
 class Trainer(PolicyTrainer):

@@ -29,7 +29,7 @@ from elign_lab.denoiser import Denoiser, DenoiserConfig
 from elign_lab.sampling import mask_of_sizes
 
 MOLECULES = 64
-MODELS = ((256, 9), (64, 5))  # (features, layers): EDM's QM9 model and edm-mini
+MODELS = ((256, 9), (96, 6))  # (features, layers): EDM's QM9 model and edm-mini
 GEMMS = ((3072, 3072, 3072), (2048, 256, 256))  # a large product, and the shape of a block of the edge network
 SMALL_GEMM_CALLS = 64
 _CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak resident memory (man 5 proc)

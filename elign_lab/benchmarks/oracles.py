@@ -65,6 +65,7 @@ def bench_oracles(
     repeats: int = 3,
     limit: float = DFT_SECONDS,
     seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Time per molecule of each oracle at each size, in seconds; alone, and in a batch of about BATCH_ATOMS atoms.
 
@@ -85,7 +86,7 @@ def bench_oracles(
         for oracle in oracles.values():
             oracle(_chains(1, 1, seed))
         active = set(oracles)
-        for k in tqdm(CARBONS if carbons is None else carbons, desc="sizes"):
+        for k in tqdm(CARBONS if carbons is None else carbons, desc="sizes", disable=not progress):
             chain = _chains(k, 1, seed)
             count = max(2, BATCH_ATOMS // int(chain.sizes[0]))
             batch = _chains(k, count, seed)

@@ -297,7 +297,10 @@ class Denoiser(nn.Module):
     def sample_sizes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n molecule sizes from the training histogram, (n,) int64 on the CPU."""
         if not self.config.size_histogram:
-            raise ValueError("this model has no size histogram: pass sizes= explicitly")
+            raise ValueError(
+                "this model has no size histogram: pass sizes= to sample(), or give the model one with "
+                "with_size_histogram({atoms: count, ...})"
+            )
         sizes, counts = zip(*self.config.size_histogram, strict=True)
         drawn = torch.multinomial(torch.tensor(counts, dtype=torch.float64), n, replacement=True, generator=generator)
         return torch.tensor(sizes)[drawn]

@@ -22,6 +22,7 @@ from elign_lab.muon import MuonAdamW
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    LossWatch,
     Optimizer,
     StopRequest,
     any_process,
@@ -147,6 +148,7 @@ def pretrain(
     )
     started, before, since = time.monotonic(), seconds, 0
     total_loss: float | Tensor = 0.0
+    watch = LossWatch(out / "checkpoint.pt")
     with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
@@ -162,6 +164,7 @@ def pretrain(
             if step % config.log_every == 0:
                 mean_loss = float(accelerator.reduce(total_loss, "mean")) / since
                 total_loss, since = 0.0, 0
+                watch.check(step, mean_loss)
                 row = {"step": step - 1, "loss": mean_loss, "grad_norm": float(norm), "lr_factor": factor}
                 if step % config.validate_every == 0:
                     ema.swap(parameters)

@@ -98,6 +98,7 @@ def write_html(
         script=_asset("report.js"),
     )
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 

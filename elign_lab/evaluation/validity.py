@@ -76,14 +76,19 @@ def novelty(smiles: Sequence[str | None], reference: Iterable[str | None]) -> fl
     if isinstance(reference, str):
         raise ValueError(f"reference must be a collection of SMILES, got one string: {reference!r}")
     unique, known = set(_valid(smiles)), {s for s in reference if s is not None}
+    check_reference(unique, known)
+    return len(unique - known) / len(unique) if unique else 0.0
+
+
+def check_reference(found: Iterable[str | None], known: set[str]) -> None:
+    """Raise ValueError when `known` cannot be the reference of the novelty of `found`: see `novelty`."""
     if not known:
         raise ValueError("the reference for novelty has no SMILES: pass those of the training set")
-    if any("[H]" in s for s in unique) and not any("[H]" in s for s in known):
+    if any("[H]" in s for s in found if s is not None) and not any("[H]" in s for s in known):
         raise ValueError(
             "no reference SMILES has explicit hydrogens, so every molecule would count as novel: "
             "make the reference with elign_lab.evaluation.smiles(batch)"
         )
-    return len(unique - known) / len(unique) if unique else 0.0
 
 
 def _valid(smiles: Sequence[str | None]) -> list[str]:

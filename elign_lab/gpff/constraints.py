@@ -20,6 +20,7 @@ TOLERANCE = 1e-4  # Angstrom, of distances and of regions; frozen atoms are exac
 _FREE_WEIGHT = 1e-3  # of the free atoms in laying a structure over the frozen ones: fixes what those leave open
 # Angstrom; two spheres push an atom between their centres to and fro on one line: a step aside lets it out
 _ASIDE = (0.04, 0.03, 0.02)
+_APART = 0.1  # Angstrom, between atoms that begin at one place and must have a distance
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class Constraints:
         reference = torch.as_tensor(self.reference)
         object.__setattr__(self, "reference", reference)
         n = len(reference)
-        if reference.dim() != 2 or reference.shape[1] != 3 or not bool(torch.isfinite(reference).all()):
-            raise ValueError(f"reference must be finite positions (N, 3) in Angstrom, got {tuple(reference.shape)}")
+        if reference.dim() != 2 or reference.shape[1] != 3:
+            raise ValueError(f"reference must be positions (N, 3) in Angstrom, got shape {tuple(reference.shape)}")
+        if not bool(torch.isfinite(reference).all()):
+            raise ValueError("reference has a position that is not finite: expected finite ones in Angstrom")
         for index in (*self.frozen, *(k for i, j, _ in self.distances for k in (i, j))):
             if not 0 <= index < n:
                 raise ValueError(f"atom {index} is constrained, but the molecule has atoms 0 to {n - 1}")
@@ -124,6 +127,8 @@ class Constraints:
         if not self.distances and not self.forbidden:
             return x
         mobility = self.free.to(x)
+        for i, j, _ in self.distances:
+            self._part(x, i, j, mobility)
         for sweep in range(SWEEPS):
             for i, j, distance in self.distances:
                 self._restore(x, i, j, distance, mobility)
@@ -164,6 +169,13 @@ class Constraints:
         x[:, frozen] = self.reference[frozen].to(x)
         return x
 
+    def _part(self, x: Tensor, i: int, j: int, mobility: Tensor) -> None:
+        """Move two atoms that are at one place a little apart: a distance of zero has no direction to grow in."""
+        together = ((x[:, i] - x[:, j]).norm(dim=-1) < 1e-6).to(x).unsqueeze(-1)
+        for k in (i, j):  # to places that are neither on one line nor in one plane
+            aside = x.new_tensor([math.cos(k), math.sin(k), math.cos(3 * k)])
+            x[:, k] += _APART * mobility[k] * together * aside
+
     def _restore(self, x: Tensor, i: int, j: int, distance: float, mobility: Tensor) -> None:
         total = mobility[i] + mobility[j]
         if total == 0:
@@ -184,8 +196,10 @@ class Constraints:
     def _check_pairs(self) -> None:
         seen: dict[frozenset[int], float] = {}
         for i, j, distance in self.distances:
-            if i == j or not distance > 0:
-                raise ValueError(f"distance ({i}, {j}, {distance}): expected two different atoms and a positive length")
+            if i == j or not 0 < distance < math.inf:
+                raise ValueError(
+                    f"distance ({i}, {j}, {distance}): expected two different atoms and a positive length, finite"
+                )
             pair = frozenset((i, j))
             if abs(seen.setdefault(pair, distance) - distance) > TOLERANCE:
                 raise ValueError(f"atoms {i} and {j} have two distances, {seen[pair]} and {distance}: expected one")

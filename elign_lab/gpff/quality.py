@@ -164,13 +164,17 @@ def _rows(
 
 
 def quality_figure(rows: Sequence[Quality], key: str = "validity") -> Figure:
-    """Validity (or edm_validity, stability, uniqueness) against network evaluations, with Wilson's 95 % intervals."""
+    """Validity (or edm_validity, stability, uniqueness) against network evaluations, with Wilson's 95 % intervals.
+
+    Uniqueness is a share of the valid structures, the others are shares of all.
+    """
     title = {"validity": "valid", "edm_validity": "valid by distance tables", "stability": "stable"}.get(key, key)
     alt = f"Share of structures that are {title} against network evaluations, one line for each sampler."
     figure = Figure(x="network evaluations (NFE)", y=f"{title} (%)", alt=alt, height=460)
     for k, name in enumerate(dict.fromkeys(row.sampler for row in rows)):
         line = sorted((r for r in rows if r.sampler == name), key=lambda r: r.evaluations)
-        shares = [wilson(round(getattr(r, key) * r.n), r.n) for r in line]
+        trials = [round(r.validity * r.n) if key == "uniqueness" else r.n for r in line]
+        shares = [wilson(round(getattr(r, key) * n), n) for r, n in zip(line, trials, strict=True)]
         figure.add_estimates(
             [r.evaluations for r in line],
             [100 * s.value for s in shares],
@@ -197,7 +201,7 @@ def quality_from_json(rows: Iterable[Mapping[str, Any]]) -> list[Quality]:
 
 
 def bundled_quality() -> list[Quality]:
-    """The table of the bundled model and of a bundled denoiser, by GFN2-xTB: the figures in the model's passport."""
+    """The table of the bundled model and of the denoiser its passport names, by GFN2-xTB: the passport's figures."""
     return quality_from_json(read_passport(ASSETS / f"{BUNDLED}.safetensors")["figures"]["rows"])
 
 

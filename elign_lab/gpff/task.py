@@ -46,12 +46,14 @@ class SamplingTask:
                 f"the constraints are for a molecule of {len(constraints.reference)} atoms, the structures have "
                 f"{mask.sum(1).unique().tolist()}: constrained structures must all be copies of that molecule"
             )
+        if constraints is not None and bool((numbers != numbers[:1]).any()):
+            raise ValueError("the structures have different atoms: constrained ones must all be copies of one molecule")
         self.model, self.constraints, self.generator = model, constraints, generator
         self.numbers, self.mask = numbers.to(model.device), mask.to(model.device)
-        if constraints is not None and constraints.anchored:
+        if constraints is not None and constraints.frozen:
             self.moving = self.mask & constraints.free.to(self.mask.device)
             self.degrees = 3 * self.moving.sum(1).to(model.dtype)
-        else:
+        else:  # the force has no mean: it does not show where the molecule is, even if a region gives that a meaning
             self.moving = self.mask
             self.degrees = 3 * (self.mask.sum(1) - 1).to(model.dtype)
         self.evaluations = 0

@@ -35,6 +35,7 @@ from elign_lab.molecules import MoleculeBatch
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    LossWatch,
     StopRequest,
     any_process,
     average_gradients,
@@ -135,7 +136,7 @@ def train(
     hidden = not (progress and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=hidden)
     started, before = time.monotonic(), seconds
-    curve = DecadeMeans(config.model)
+    curve, watch = DecadeMeans(config.model), LossWatch(out / "checkpoint.pt")
     with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
@@ -150,6 +151,7 @@ def train(
             bar.update()
             if step % config.log_every == 0:
                 row = {"step": step - 1, **curve.take(accelerator), "grad_norm": float(norm), "lr_factor": factor}
+                watch.check(step, row["loss"])
                 if step % config.validate_every == 0:
                     ema.swap(parameters)
                     row["validation"] = errors(model, validation)

@@ -62,7 +62,6 @@ class CachedOracle(Oracle):
         about = {"oracle": oracle.name, **(oracle.identity() if identity is None else identity)}
         self._identity = json.dumps(about, sort_keys=True).encode()
         self.hits = self.misses = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         _prepare(self.path)
 
     def reset_counters(self) -> None:
@@ -144,8 +143,9 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _prepare(path: Path) -> None:
-    """Make the table. Raises ValueError for a file that is not a cache of this package."""
+    """Make the file and its table. Raises ValueError where that cannot be, and for a file that is no cache of ours."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _opened(path) as database:
             # look and make in one transaction: another process may be making it now
             with database:
@@ -158,7 +158,7 @@ def _prepare(path: Path) -> None:
             # it stays in the file; while another process holds a lock, the older mode is as safe, and slower
             with suppress(sqlite3.OperationalError):
                 database.execute("PRAGMA journal_mode = WAL")
-    except sqlite3.DatabaseError as error:
+    except (OSError, sqlite3.DatabaseError) as error:
         raise ValueError(
             f"{path} cannot be used as a cache ({error}): delete it, or give the cache a file of its own in a folder "
             "that can be written"

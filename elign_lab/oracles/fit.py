@@ -36,6 +36,7 @@ from elign_lab.painn import PaiNNConfig
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
+    LossWatch,
     StopRequest,
     any_process,
     average_gradients,
@@ -116,6 +117,7 @@ def fit_oracle(
     hidden = not (progress and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, desc="fitting", unit="step", disable=hidden)
     started, before, sums, since = time.monotonic(), seconds, np.zeros(3), 0
+    watch = LossWatch(out / "checkpoint.pt")
     with bar, StopRequest() as stop:
         while step < config.steps:
             factor = warmup_cosine(step, config.warmup, config.steps, config.minimum_rate)
@@ -128,6 +130,7 @@ def fit_oracle(
             bar.update()
             if step % config.log_every == 0 and log is not None:
                 loss, energy, force = (sums / since).tolist()
+                watch.check(step, loss)
                 row = {"step": step - 1, "loss": loss, "energy_mae": energy, "force_mae": force}
                 if validation is not None and step % config.validate_every == 0:
                     ema.swap(parameters)

@@ -31,6 +31,7 @@ class WorkerPool:
     workers: number of processes, None for one per core; 0 evaluates in this process, without a time limit.
     executor: any concurrent.futures executor instead of the own pool, for example dask.distributed's
         `Client.get_executor()`; then `workers` is the number of tasks kept in flight, and `close` leaves it alone.
+        Give no more than it runs at once: the time limit counts from when a task is handed over.
     timeout: seconds that a molecule may take, None for no limit. The worker of an overdue molecule is killed (one
         of a given executor cannot be: its result is ignored).
     chunk_size: molecules per task, so that sending them does not dominate.

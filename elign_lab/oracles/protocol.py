@@ -133,8 +133,8 @@ class Oracle(ABC):
         Raises ValueError for an oracle that does not say.
         """
         raise ValueError(
-            f"what defines the numbers of a {type(self).__name__} is not known: pass identity=, a dictionary of its "
-            "method, its settings and its version"
+            f"what defines the numbers of a {type(self).__name__} is not known: pass identity= to CachedOracle, a "
+            "dictionary of its method, its settings and its version"
         )
 
     @classmethod

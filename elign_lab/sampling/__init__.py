@@ -56,8 +56,8 @@ def sample(
     Molecules of near-equal size are sampled together. When interrupted (Ctrl-C) it returns the
     molecules of the finished batches with a warning, and raises only if there are none.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     run = get_sampler(sampler)
     check_temperature(temperature, sampler)
     generator = torch.Generator().manual_seed(seed)

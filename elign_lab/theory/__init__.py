@@ -2,7 +2,7 @@
 
 Modules: tilt (theorem 1), error_bound (theorem 2, lemma 1), points (theorem 1 with the package's FED-GRPO), conformers
 (a torsion of a real molecule), shaping (PBRS), force (theorem 5), alchemical (F.1), symmetry, score (section 2);
-figures and explore (sliders over them) draw what the notebooks show.
+figures draws what the notebooks show.
 """
 
 from elign_lab.theory.check import Check, Statement

@@ -74,7 +74,7 @@ def smooth_potential(x: FloatArray) -> FloatArray:
 
 
 def kinked_potential(x: FloatArray, at: float = 0.5) -> FloatArray:
-    """Phi = x - u |u| / 2 with u = x - at: its gradient is Lipschitz but has no derivative at `at`."""
+    """Phi = x - u^2 / 2 - u |u| with u = x - at: its gradient is Lipschitz but has no derivative at `at`."""
     return x - 0.5 * (x - at) ** 2 - (x - at) * np.abs(x - at)
 
 

@@ -15,6 +15,7 @@ from elign_lab.alignment import (
     kl_divergence,
     log_density,
     log_ratio,
+    novelty_channel,
     potential_schedule,
     potentials,
     property_channel,
@@ -25,6 +26,7 @@ from elign_lab.alignment import (
     total_advantage,
 )
 from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.evaluation import smiles
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling import ancestral, decode_record, mask_of_sizes
 from elign_lab.testing import SpringOracle
@@ -222,6 +224,16 @@ def test_property_channel():
     assert channel.reward(batch).tolist() == [-2.0, -4.0]
 
 
+def test_novelty_channel_knows_its_reference():
+    batch = MoleculeBatch.from_smiles(["C", "CC"])
+    apart = batch.with_positions(batch.positions.new_full(batch.positions.shape, float("nan")))
+    channel = novelty_channel(1.0, [*smiles(batch[:1]), None])
+    assert channel.reward(batch).tolist() == [-1.0, 0.0]
+    assert channel.reward(apart).tolist() == [0.0, 0.0]  # what is not valid is not in the reference
+    with pytest.raises(ValueError, match="explicit hydrogens"):
+        novelty_channel(1.0, ["C", "CC"]).reward(batch)
+
+
 # ---------------------------------------------------------------------- advantages
 def test_group_statistics_against_an_explicit_loop():
     generator = torch.Generator().manual_seed(0)
@@ -270,6 +282,23 @@ def test_nan_of_failed_members_does_not_spread():
     assert out[1].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("disentangle", [True, False])
+def test_a_missing_value_of_one_signal_spares_the_other_members(disentangle):
+    to_go, force = torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[1.0, 2.0, 4.0]])
+    ok = torch.ones(1, 3, dtype=torch.bool)
+    weights = {"energy_weight": 1.0, "force_weight": 1.0, "clip": 5.0, "energy_floor": 1e-3, "force_floor": 1e-3}
+    missing = torch.tensor([[1.0, 2.0, float("nan")]])
+    for lacks in (
+        {"return_to_go": missing.unsqueeze(-1), "force": force},
+        {"return_to_go": to_go, "force": force, "channels": {"property": (1.0, missing)}},
+    ):
+        advantage = total_advantage(ok=ok, disentangle=disentangle, **weights, **lacks)[..., 0]
+        assert advantage.isfinite().all()
+        assert float(advantage[0, 1] - advantage[0, 0]) > 0
+        # the energy or the property says nothing of the last member; entangled, its sum is unknown
+        assert float(advantage[0, 2]) == 0 if not disentangle else float(advantage[0, 2]) > 0
+
+
 def test_entangled_ablation_normalises_the_sum():
     generator = torch.Generator().manual_seed(1)
     to_go, force = torch.randn(2, 4, 3, generator=generator), torch.randn(2, 4, generator=generator)
@@ -311,6 +340,10 @@ def test_objective_gradient_on_policy_is_the_policy_gradient():
 
 
 def test_config_refuses_nonsense():
-    for change in ({"members": 1}, {"clip_range": 0.0}, {"energy_signal": "dense"}, {"gamma": 1.5}):
+    changes = [{"members": 1}, {"clip_range": 0.0}, {"energy_signal": "dense"}, {"gamma": 1.5}]
+    # what would stop a run at its first evaluation, or turn the objective round
+    changes += [{"evaluate_every": 0}, {"checkpoint_every": 0}, {"evaluate_n": 0}, {"seed": -1}, {"kl_weight": -0.1}]
+    changes += [{name: -1.0} for name in ("adv_clip", "force_clip", "energy_clip", "max_grad_norm")]
+    for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             replace(AlignConfig(), **change)

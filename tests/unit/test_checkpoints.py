@@ -79,6 +79,13 @@ def test_damaged_and_foreign_files(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="not a denoiser"):
         load_model(path)
+    for config in (
+        '{"elements": [1]}',
+        '{"layers_of_the_future": 3, "elements": [1], "scale": [1], "size_histogram": []}',
+    ):
+        save_file({"weight": torch.zeros(2)}, path, metadata={"format": "elign_lab.denoiser/1", "config": config})
+        with pytest.raises(ValueError, match="made by another version"):
+            load_model(path)
     with pytest.raises(FileNotFoundError, match="no model 'edm-giant'"):
         load_model("edm-giant")
 
@@ -174,6 +181,9 @@ def test_unsupported_settings(change, message):
 def test_settings_that_do_not_fit_the_weights(tmp_path):
     with pytest.raises(ValueError, match="does not fit its settings"):
         load_model(public_folder(tmp_path / "edm", n_layers=4))
+    (tmp_path / "edm" / "args.pickle").write_bytes(pickle.dumps(argparse.Namespace(dataset="qm9")))
+    with pytest.raises(ValueError, match=r"args\.pickle has no setting 'diffusion_noise_schedule'"):
+        load_model(tmp_path / "edm")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="not in the public EDM format"):
         load_model(tmp_path / "empty")

@@ -100,6 +100,7 @@ def test_errors_are_one_line_with_status_2(capsys):
         (["--n", "1", "--sampler", "magic"], "unknown sampler 'magic'"),
         (["--n", "1", "--steps", "51"], "51"),
         (["--n", "1", "--out", "molecules.pdb"], ".xyz, .sdf or .npz"),
+        (["--n", "1", "--device", "abacus"], "--device abacus cannot be used"),
     ],
 )
 def test_bad_sampling_input(model_file, arguments, text, capsys):
@@ -112,9 +113,26 @@ def test_unknown_names(model_file, tmp_path, capsys):
     assert "unknown oracle 'tarot'" in capsys.readouterr().err
     assert main(["align", "--model", model_file, "--preset", "fast", "--out", str(tmp_path)]) == 2
     assert "unknown preset 'fast'" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["sample", "--model", model_file, "--n", "0"])
-    assert stop.value.code == 2
+    for option in (["--n", "0"], ["--n", "many"], ["--seed", "-1"], ["--sizes", "5,0"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["sample", "--model", model_file, *option])
+        assert stop.value.code == 2
+        assert "expected a whole number of at least" in capsys.readouterr().err
+
+
+def test_a_mistake_is_found_before_the_sampling(model_file, energy_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("elign_lab.sampling.sample", lambda *_, **__: pytest.fail("sampled first"))
+    oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}"]
+    empty = tmp_path / "log.jsonl"
+    empty.write_text("")
+    for command, text in (
+        (["evaluate", "--model", model_file, "--oracle", "tarot"], "unknown oracle 'tarot'"),
+        (["report", model_file, "typo", *oracle], "no model 'typo'"),
+        (["report", model_file, model_file, "--oracle", "tarot"], "unknown oracle 'tarot'"),
+        (["report", model_file, model_file, *oracle, "--history", str(empty)], "holds no iteration"),
+    ):
+        assert main(command) == 2
+        assert text in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- doctor, models, start
@@ -212,7 +230,7 @@ def test_evaluate_prints_json_only(model_file):
 
 # ---------------------------------------------------------------------- training
 def test_pretrain_align_and_report(tmp_path, energy_file, capsys):
-    base, aligned, html = tmp_path / "base", tmp_path / "aligned", tmp_path / "report.html"
+    base, aligned, html = tmp_path / "base", tmp_path / "aligned", tmp_path / "new" / "report.html"
     assert main(["pretrain", "--preset", "edm_mini", "--steps", "3", "--out", str(base), *SMALL]) == 0
     assert len(read_json_lines(base / "log.jsonl")) == 3
     model = load_model(base / "model.safetensors")

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from elign_lab import MoleculeBatch
+from elign_lab import MoleculeBatch, demo
 from elign_lab.alignment import Trainer, cpu_mini
 from elign_lab.checkpoints import save_model
 from elign_lab.demo import DemoConfig, describe, run_demo
 from elign_lab.denoiser import Denoiser, DenoiserConfig
 from elign_lab.evaluation import Interval
+from elign_lab.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,14 @@ def test_interrupted_alignment_is_continued(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     parts = run_demo(tmp_path / "parts", config)
     assert parts.comparison.differences == whole.comparison.differences
+
+
+def test_interrupted_sampling_stops_the_demo(config, tmp_path, monkeypatch):
+    """`sample` returns the finished batches when it is interrupted: not what the demo needs."""
+    monkeypatch.setattr(demo, "sample", lambda *arguments, **options: sample(*arguments, **options)[:3])
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_settings_start_another_alignment(config, tmp_path):

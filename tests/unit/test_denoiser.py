@@ -7,6 +7,7 @@ import torch
 
 from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout, NoiseSchedule, edges
 from elign_lab.denoiser.edges import EdgeMLP, EdgeOptions
+from elign_lab.denoiser.schedule import FIRST_STEP
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.testing import Tolerance, assert_equivariant, equivariance_errors
 
@@ -212,11 +213,22 @@ def test_bad_input_is_named(batch):
 def test_grid_is_a_subset_of_the_full_one():
     schedule = NoiseSchedule("polynomial_2", 1000)
     assert schedule.grid() == list(range(1000, -1, -1))
-    short = schedule.grid(7)
-    assert short[0] == 1000
-    assert short[-1] == 0
-    assert len(short) == 8
-    assert all(a > b for a, b in itertools.pairwise(short))
+    for steps in (1, 7, 20, 100, 500, 999):
+        times = schedule.grid(steps)
+        assert times[-1] == 0
+        assert len(times) == steps + 1
+        assert all(a > b for a, b in itertools.pairwise(times))
+    assert schedule.grid(500)[0] == 1000
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="steps must be"):
             schedule.grid(steps)
+
+
+@pytest.mark.parametrize("name", ["polynomial_2", "cosine"])
+def test_first_step_of_a_coarse_grid_does_not_blow_up_errors(name):
+    schedule = NoiseSchedule(name, 1000)
+    for steps in (4, 12, 20, 50, 100):
+        first, second = schedule.grid(steps)[:2]
+        later = round((first + 1) * (steps - 1) / steps)
+        assert 1 / schedule.transition(first, second).alpha_ts <= FIRST_STEP
+        assert 1 / schedule.transition(first + 1, later).alpha_ts > FIRST_STEP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from elign_lab.checkpoints import load_model
 from elign_lab.cli import main
 from elign_lab.datasets import load_dataset
+from elign_lab.evaluation.intervals import wilson
 from elign_lab.gpff import (
     SAMPLERS,
     Constraints,
@@ -310,6 +312,21 @@ def test_an_atom_at_the_centre_of_a_region_is_pushed_out(ethanol):
     assert wall.violation(wall.project(x.unsqueeze(0))) < 2e-4
 
 
+def test_distances_between_atoms_at_one_place_can_be_restored():
+    """New atoms of `replace_group` are all at one place; here a methyl group with all its distances."""
+    apart = tuple((0, k, 1.09) for k in (1, 2, 3)) + tuple((i, j, 1.78) for i, j in ((1, 2), (1, 3), (2, 3)))
+    limits = Constraints(torch.zeros(4, 3), distances=apart)
+    assert limits.violation(limits.project(torch.zeros(1, 4, 3))) < 2e-4
+
+
+def test_a_distant_region_does_not_change_the_noise_level(ethanol):
+    model, far = ExactField(ethanol), Sphere((100.0, 0.0, 0.0), 1.0)
+    x = ethanol.positions + 0.1 * torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    free = task_of(model, ethanol).estimate(x).sigma_hat
+    bounded = task_of(model, ethanol, constraints=Constraints(ethanol.positions[0], forbidden=(far,))).estimate(x)
+    torch.testing.assert_close(bounded.sigma_hat, free)
+
+
 @pytest.mark.parametrize("radius", [1.2, 1.5, 3.0])
 @pytest.mark.parametrize("axis", [(1.0, 0.0, 0.0), (0.48, 0.6, 0.64)])
 def test_an_atom_between_two_regions_is_let_out(axis, radius):
@@ -325,6 +342,7 @@ def test_an_atom_between_two_regions_is_let_out(axis, radius):
         ({"frozen": tuple(range(9))}, "all 9 atoms are frozen"),
         ({"frozen": (9,)}, "atom 9"),
         ({"distances": ((0, 1, -1.0),)}, "positive length"),
+        ({"distances": ((0, 1, float("inf")),)}, "positive length, finite"),
         ({"distances": ((0, 0, 1.0),)}, "two different atoms"),
         ({"distances": ((0, 1, 1.5), (1, 0, 1.4))}, "two distances"),
         ({"distances": ((0, 1, 1.0), (1, 2, 1.0), (0, 2, 3.0))}, "contradict"),
@@ -348,6 +366,11 @@ def test_constraints_of_another_molecule_are_refused(untrained, ethanol):
     limits = Constraints(ethanol.positions[0], frozen=(0,))
     with pytest.raises(ValueError, match="molecule of 9 atoms"):
         generate(untrained, start=MoleculeBatch.from_smiles("C"), sigma=1.0, constraints=limits)
+    pair = MoleculeBatch.cat([MoleculeBatch.from_smiles(smiles) for smiles in ("CCO", "COC")])
+    with pytest.raises(ValueError, match="different atoms"):
+        generate(untrained, start=pair, sigma=1.0, constraints=limits)
+    with pytest.raises(ValueError, match="not finite"):
+        Constraints(ethanol.positions[0] * torch.nan, frozen=(0,))
     with pytest.raises(ValueError, match="radius"):
         Sphere((0.0, 0.0, 0.0), 0.0)
 
@@ -421,6 +444,10 @@ def test_quality_of_an_exact_field(ethanol):
     assert content[0]["sampler"] == "ancestral"
     again = quality_from_json(content)
     assert quality_text(again) == quality_text(rows)
+    some = [replace(row, n=128, validity=0.125, uniqueness=0.75) for row in again if row.sampler == "direct"][:1]
+    ((above,), (below,)) = (quality_figure(some, "uniqueness").data[0].error_y[k] for k in ("array", "arrayminus"))
+    expected = wilson(12, 16)  # uniqueness counts the valid ones only
+    assert (above, below) == pytest.approx((100 * (expected.high - 0.75), 100 * (0.75 - expected.low)))
     figure = quality_figure(again)
     assert {trace.name for trace in figure.data} == {row.sampler for row in rows}
     assert max(y for trace in figure.data for y in trace.y) == pytest.approx(100)

@@ -77,6 +77,12 @@ def test_padding_is_cleared_even_where_it_is_nan():
         (torch.ones(3).long(), torch.zeros(3, 3), torch.ones(3), "mismatched shapes"),
         (torch.ones(2, 3).long(), torch.zeros(2, 3, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), "molecule 1 is empty"),
         (torch.tensor([[1, 0]]), torch.zeros(1, 2, 3), torch.ones(1, 2), "atom 1: unknown element 0"),
+        (
+            torch.tensor([[6, 0, 8]]),
+            torch.zeros(1, 3, 3),
+            torch.tensor([[1, 0, 1]]),
+            "molecule 0: padding before atom 2",
+        ),
         (torch.tensor([[1, 119]]), torch.zeros(1, 2, 3), torch.ones(1, 2), "unknown element 119"),
         (torch.tensor([[1]]), torch.tensor([[[0.0, torch.inf, 0]]]), torch.ones(1, 1), "atom 0: position is .*inf"),
     ],
@@ -105,6 +111,8 @@ def test_limits_of_a_model(batch):
 def test_from_arrays_names_the_molecule():
     with pytest.raises(ValueError, match="molecule 1: 2 atomic numbers but positions of shape"):
         MoleculeBatch.from_arrays([WATER, ([6, 8], np.zeros((3, 3)))])
+    with pytest.raises(ValueError, match="molecule 1: expected whole atomic numbers"):
+        MoleculeBatch.from_arrays([WATER, ([6.7, 8.0], np.zeros((2, 3)))])
 
 
 def test_precision_is_kept():
@@ -113,7 +121,9 @@ def test_precision_is_kept():
 
 
 # ---------------------------------------------------------------------- indexing
-@pytest.mark.parametrize("index", [1, -1, np.int64(1), [1], slice(1, 2), torch.tensor([1]), np.array([False, True])])
+@pytest.mark.parametrize(
+    "index", [1, -1, np.int64(1), [1], slice(1, 2), torch.tensor([1]), torch.tensor(1), np.array([False, True])]
+)
 def test_every_kind_of_index(batch, index):
     found = batch[index]
     assert len(found) == 1
@@ -193,6 +203,7 @@ def test_xyz_of_qm9_with_its_exponents():
         ("1\n\nO 0 0\n", "molecule 0"),
         ("1\n\nO 0 0 nan\n", "position is"),
         ("\n\n", "no molecule"),
+        ("-2\n\n", "at least one atom, got -2"),
     ],
 )
 def test_bad_xyz(text, message):

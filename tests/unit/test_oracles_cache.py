@@ -135,7 +135,7 @@ def test_weights_are_in_the_key_and_the_number_of_workers_is_not():
 
 
 def test_an_unknown_oracle_needs_an_identity(tmp_path):
-    with pytest.raises(ValueError, match="numbers of a SpringOracle is not known: pass identity="):
+    with pytest.raises(ValueError, match="numbers of a SpringOracle is not known: pass identity= to CachedOracle"):
         CachedOracle(SpringOracle(), tmp_path / "c.sqlite")
 
 
@@ -165,7 +165,8 @@ def test_files_that_are_no_cache_are_refused(tmp_path):
     (tmp_path / "text").write_text("not a database, and long enough to be looked at " * 20)
     with sqlite3.connect(tmp_path / "other.sqlite") as other:
         other.execute("CREATE TABLE answers (key BLOB)")
-    for name, message in (("text", "cannot be used as a cache"), ("other.sqlite", "database of another program")):
+    no_cache = "cannot be used as a cache"
+    for name, message in (("text", no_cache), ("text/c", no_cache), ("other.sqlite", "database of another program")):
         with pytest.raises(ValueError, match=message):
             CachedOracle(SpringOracle(), tmp_path / name, identity=SPRINGS)
     with pytest.raises(ValueError, match="write_every must be at least 1"):

@@ -93,3 +93,22 @@ def test_unknown_settings_are_refused(field):
     (name,) = field
     with pytest.raises(ValueError, match=name):
         replace(CONFIG, **field)
+
+
+@pytest.mark.parametrize("factor", [1e6, float("nan")])
+def test_a_run_that_blows_up_ends_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch, factor):
+    import elign_lab.denoiser.pretrain as module
+
+    original = module._train_step
+
+    def blows_up(model, batch, step, *args):
+        loss, norm = original(model, batch, step, *args)
+        return (loss * factor if step > 11 else loss), norm
+
+    monkeypatch.setattr(module, "_train_step", blows_up)
+    with pytest.raises(
+        FloatingPointError, match=r"after 15 steps.*checkpoint.pt is from before.*Lower the learning rate"
+    ):
+        pretrain(replace(CONFIG, checkpoint_every=5), tmp_path, progress=False)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 10
+    assert [row["step"] for row in read_json_lines(tmp_path / "log.jsonl")] == [4, 9]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import elign_lab.alignment.trainer
 from elign_lab.alignment import (
     AlignConfig,
     OracleFailureError,
@@ -101,14 +102,18 @@ def test_killed_at_twenty_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """The same groups on two gloo processes: the same weights after two iterations, up to rounding."""
+@pytest.mark.parametrize("skip_prefix", [4, CONFIG.steps - 1])
+def test_two_processes_equal_one(tmp_path, skip_prefix):
+    """The same groups on two gloo processes: the same weights after two iterations, up to rounding.
+
+    With one trained step a group each of the two updates has the pairs of one group: the other process has none.
+    """
     script = tmp_path / "run.py"
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_trainer import *\n"
         "torch.set_num_threads(1)\n"
-        "c = replace(CONFIG, iterations=2, evaluate_every=1)\n"
+        f"c = replace(CONFIG, iterations=2, evaluate_every=1, skip_prefix={skip_prefix})\n"
         "Trainer(make(), SpringOracle(), c, out=sys.argv[2]).run(progress=False)\n"
     )
     here = str(Path(__file__).parent)
@@ -191,6 +196,28 @@ def test_failed_molecules_are_dropped_and_counted(tmp_path):
         Trainer(make(), SpringOracle(fail=lambda numbers: True), CONFIG).run(progress=False)
 
 
+def test_a_rollout_without_finite_numbers_is_left_out_of_the_update(monkeypatch):
+    """Its NaN must not undo the gradient of the others: the numbers are those of the same rollout without its pairs."""
+    genuine = elign_lab.alignment.trainer.rollout
+    nan = float("nan")
+
+    def broken(*arguments, **options):
+        found = genuine(*arguments, **options)
+        states, eps, positions = found.states.clone(), found.eps.clone(), found.molecules.positions.clone()
+        states[1:, 0], eps[:, 0], positions[0] = nan, nan, nan
+        return replace(found, states=states, eps=eps, molecules=found.molecules.with_positions(positions))
+
+    monkeypatch.setattr(elign_lab.alignment.trainer, "rollout", broken)
+    trainer = Trainer(make(), SpringOracle(), replace(CONFIG, weight_decay=0.0))
+    step = trainer.step()
+    assert step.metrics["failed"] == 1
+    assert step.rollouts.finite.tolist() == [False] + 5 * [True]
+    assert all(math.isfinite(step.metrics[key]) for key in ("surrogate", "kl", "log_ratio_rms"))
+    assert step.metrics["grad_norm"] > 0
+    moved = [not torch.equal(a, b) for a, b in zip(trainer.parameters, make().parameters(), strict=True)]
+    assert all(moved)
+
+
 def test_counters_and_calls():
     trainer = Trainer(make(), SpringOracle(), CONFIG)
     step = trainer.step()
@@ -227,6 +254,61 @@ def test_extra_channels_enter_the_advantage_and_the_log():
     assert extra.metrics["reward_small"] < 0
     assert not torch.equal(plain.advantages, extra.advantages)
     assert "reward_small" not in plain.metrics
+
+
+def test_channels_have_names_of_their_own():
+    def channel(name):
+        return TerminalChannel(name, 1.0, lambda molecules: molecules.sizes.float())
+
+    for names in (("property", "property"), ("force",)):
+        with pytest.raises(ValueError, match="name of its own"):
+            Trainer(make(), SpringOracle(), CONFIG, channels=[channel(name) for name in names])
+
+
+def test_mean_of_a_channel_is_over_what_it_could_judge():
+    def half(molecules):
+        return torch.where(torch.arange(len(molecules)) % 2 == 0, -1.0, float("nan"))
+
+    metrics = Trainer(make(), SpringOracle(), CONFIG, channels=[TerminalChannel("half", 1.0, half)]).step().metrics
+    assert metrics["reward_half"] == -1
+    nothing = SpringOracle(fail=lambda numbers: True)
+    metrics = Trainer(make(), nothing, replace(CONFIG, max_failure_share=1.0)).step().metrics
+    assert math.isnan(metrics["reward_force"])  # 0 would be the best of all
+    assert metrics["failed"] == 6
+
+
+def test_more_updates_than_pairs_are_refused():
+    with pytest.raises(ValueError, match="updates = 3, but an iteration has 2"):
+        Trainer(make(), SpringOracle(), replace(CONFIG, skip_prefix=CONFIG.steps - 1, updates=3)).step()
+
+
+def test_an_interrupted_evaluation_is_no_evaluation(monkeypatch):
+    """`sample` returns the finished molecules when it is interrupted; they are not the evaluation set."""
+    trainer = Trainer(make(), SpringOracle(), CONFIG)
+    monkeypatch.setattr(trainer, "evaluation_set", lambda: Trainer.evaluation_set(trainer)[:2])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    assert trainer.best == float("-inf")
+
+
+def test_resume_refuses_another_weight_of_a_channel(tmp_path):
+    def trainer(weight):
+        channel = TerminalChannel("size", weight, lambda molecules: molecules.sizes.float())
+        return Trainer(make(), SpringOracle(), CONFIG, out=tmp_path, channels=[channel])
+
+    trainer(1.0).run(1, progress=False)
+    assert trainer(1.0).iteration == 1
+    with pytest.raises(ValueError, match="use another folder"):
+        trainer(2.0)
+
+
+def test_resume_refuses_another_model(tmp_path):
+    Trainer(make(), SpringOracle(), CONFIG, out=tmp_path).run(1, progress=False)
+    other = make()
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="another model than the one given"):
+        Trainer(other, SpringOracle(), CONFIG, out=tmp_path)
 
 
 def test_resume_refuses_another_configuration(tmp_path):
