@@ -19,7 +19,7 @@ from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles._evaluation import Molecule
 from elign_lab.oracles.protocol import Oracle, clip_forces
-from elign_lab.sampling import ancestral, decode_record, mask_of_sizes
+from elign_lab.sampling import ancestral, decode_record, draw_sizes, mask_of_sizes
 
 ELEMENTS = (1, 6, 7, 8, 9)  # what an edit may put in
 BOND_LENGTH = 1.85  # Angstrom; pairs below are bonds that can be stretched or cut
@@ -185,7 +185,7 @@ def generate(
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator(model.device).manual_seed(seed)
-    sizes = model.sample_sizes(n, torch.Generator().manual_seed(seed))
+    sizes = draw_sizes(model, n, seed)
     found: dict[str, list[Molecule]] = {"sample": [], "clean": []}
     for chunk in tqdm(torch.argsort(sizes).split(batch_size), desc="generating", unit="batch", disable=not progress):
         mask = mask_of_sizes(sizes[chunk]).to(model.device)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +30,7 @@ __all__ = [
     "check_temperature",
     "decode_record",
     "dpm_solver",
+    "draw_sizes",
     "get_sampler",
     "mask_of_sizes",
     "noise_stream",
@@ -60,18 +62,17 @@ def sample(
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     run = get_sampler(sampler)
     check_temperature(temperature, sampler)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = model.sample_sizes(n, generator) if sizes is None else torch.as_tensor(sizes, dtype=torch.long)
+    sizes = draw_sizes(model, n, seed) if sizes is None else torch.as_tensor(sizes, dtype=torch.long)
     _check_sizes(model, sizes, n)
     order = torch.argsort(sizes, stable=True)
-    device_generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     calls = (len(model.schedule.grid(steps))) * -(-n // batch_size)
     done: list[MoleculeBatch] = []
     with tqdm(total=calls, desc="sampling", unit="step", disable=not progress) as bar:
         try:
             for chunk in order.split(batch_size):
                 mask = mask_of_sizes(sizes[chunk]).to(model.device)
-                noise = noise_stream(model, mask, device_generator, temperature)
+                noise = noise_stream(model, mask, generator, temperature)
                 for last in run(model, mask, steps=steps, noise=noise):  # noqa: B007 (used below)
                     bar.update()
                 done.append(decode_record(model, last).to("cpu"))
@@ -81,6 +82,12 @@ def sample(
             warnings.warn(f"interrupted: returning {sum(map(len, done))} of {n} molecules", stacklevel=2)
             return MoleculeBatch.cat(done)
     return MoleculeBatch.cat(done)[torch.argsort(order)]
+
+
+def draw_sizes(model: Denoiser, n: int, seed: int) -> Tensor:
+    """Sizes of n molecules from the model's training histogram, (n,); independent of the noise of the same seed."""
+    (own,) = np.random.SeedSequence([seed, 1]).generate_state(1)
+    return model.sample_sizes(n, torch.Generator().manual_seed(int(own)))
 
 
 def get_sampler(name: str) -> Sampler:

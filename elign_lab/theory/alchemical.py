@@ -16,7 +16,7 @@ from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import zero_com_noise
 from elign_lab.oracles import Oracle, load_oracle
-from elign_lab.sampling import ancestral, mask_of_sizes
+from elign_lab.sampling import ancestral, draw_sizes, mask_of_sizes
 from elign_lab.theory.check import Check, mean_check
 from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import small_denoiser
@@ -160,7 +160,7 @@ def bundled_cosines(molecules: int = 24, stride: int = 4, seed: int = 0) -> Alch
     computed once per setting.
     """
     base, aligned, oracle = load_model("edm-mini"), load_model("edm-mini-aligned"), load_oracle("learned")
-    sizes = base.sample_sizes(molecules, torch.Generator().manual_seed(seed)).tolist()
+    sizes = draw_sizes(base, molecules, seed).tolist()
     return alchemical_cosines(base, aligned, oracle, sizes, steps=BUNDLED_PRESET.steps, stride=stride, seed=seed)
 
 

@@ -189,8 +189,9 @@ def test_resume_gives_the_same_weights_and_log(model, tmp_path):
     first = copy.deepcopy(model)
     ForceFieldTrainer(copy.deepcopy(model), SpringOracle(), config, out=straight).run(progress=False)
     ForceFieldTrainer(first, SpringOracle(), config, out=broken).run(2, progress=False)
-    # what the second process starts from does not matter: the checkpoint has it all
-    trainer = ForceFieldTrainer(moved(model, 1.0), SpringOracle(), config, out=broken)
+    with pytest.raises(ValueError, match="another model than the one given"):
+        ForceFieldTrainer(moved(model, 1.0), SpringOracle(), config, out=broken)
+    trainer = ForceFieldTrainer(copy.deepcopy(model), SpringOracle(), config, out=broken)
     assert trainer.iteration == 2
     trainer.run(progress=False)
     for name in ("model.safetensors", "best.safetensors"):

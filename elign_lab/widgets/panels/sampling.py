@@ -18,6 +18,7 @@ from elign_lab.sampling import (
     StepRecord,
     check_temperature,
     decode_record,
+    draw_sizes,
     get_sampler,
     mask_of_sizes,
     noise_stream,
@@ -74,8 +75,7 @@ def sampling_run(model: Denoiser, settings: SamplingSettings) -> tuple[Tensor, I
     Equal to `sample` with the same arguments, whose batches are sorted by size: molecule i of the panel is
     `order.argsort()[i]` of the records.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    drawn = model.sample_sizes(settings.n, generator) if settings.sizes is None else torch.tensor(settings.sizes)
+    drawn = draw_sizes(model, settings.n, settings.seed) if settings.sizes is None else torch.tensor(settings.sizes)
     order = torch.argsort(drawn, stable=True)
     mask = mask_of_sizes(drawn[order]).to(model.device)
     draws = torch.Generator(model.device).manual_seed(settings.seed)
