@@ -317,7 +317,7 @@ def _standardised(values: Tensor, ok: Tensor, i: int, floor: float) -> str:
         return "0"  # a rollout that could not be judged teaches nothing
     kept = values[ok]
     mean, std = float(kept.mean()), float(kept.std(correction=0))
-    return f"({number(float(values[i]), 5)} − {_term(mean, 5)}) / max({number(std)}, {number(floor)})"
+    return f"({number(float(values[i]), 6)} − {_term(mean, 6)}) / max({number(std)}, {number(floor)})"
 
 
 def _objective_lines(trace: RewardTrace, i: int, k: int) -> list[Line]:
