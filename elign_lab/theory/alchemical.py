@@ -153,7 +153,7 @@ def trained_time(base: Denoiser, config: AlignConfig) -> int:
 
 
 @cache
-def bundled_cosines(molecules: int = 48, stride: int = 4, seed: int = 0) -> AlchemicalCosines:
+def bundled_cosines(molecules: int = 128, stride: int = 4, seed: int = 0) -> AlchemicalCosines:
     """Cosines between edm-mini and edm-mini-aligned, judged by the learned oracle that gave the rewards.
 
     The steps are those of BUNDLED_PRESET, every stride-th analysed; sizes are drawn from the model's histogram. It is
