@@ -619,11 +619,10 @@ def _oracle(arguments: argparse.Namespace) -> Oracle:
 
 def _sample_and_evaluate(model: Any, oracle: Oracle, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:
     from elign_lab.evaluation import evaluate
-    from elign_lab.sampling import sample
+    from elign_lab.sampling import require_all, sample
 
     molecules = sample(model, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
-    if len(molecules) < arguments.n:  # an interrupted sample is not what was asked for
-        raise KeyboardInterrupt
+    molecules = require_all(molecules, arguments.n)
     return evaluate(molecules, oracle, seed=arguments.seed), molecules
 
 

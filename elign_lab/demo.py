@@ -14,7 +14,7 @@ from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import Comparison, Interval, compare, evaluate, write_html
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
-from elign_lab.sampling import sample
+from elign_lab.sampling import require_all, sample
 from elign_lab.training import read_json_lines
 
 NAMES = ("base", "aligned")
@@ -115,9 +115,7 @@ def _direction(change: Interval) -> str:
 
 def _sample(model: Denoiser, config: DemoConfig) -> MoleculeBatch:
     molecules = sample(model, config.n, steps=config.steps, seed=config.seed, progress=True)
-    if len(molecules) < config.n:  # an interrupted sample is not what was asked for
-        raise KeyboardInterrupt
-    return molecules
+    return require_all(molecules, config.n)
 
 
 def _fingerprint(model: Denoiser, config: DemoConfig) -> str:

@@ -36,7 +36,7 @@ from elign_lab.checkpoints import save_model
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle
-from elign_lab.sampling import sample
+from elign_lab.sampling import require_all, sample
 from elign_lab.training import (
     JsonLines,
     StopRequest,
@@ -248,9 +248,7 @@ class PolicyTrainer(ABC):
         c = self.config
         described = {}
         if self.accelerator.is_main_process:
-            molecules = self.evaluation_set()
-            if len(molecules) < c.evaluate_n:  # samplers return what is finished when they are interrupted
-                raise KeyboardInterrupt
+            molecules = require_all(self.evaluation_set(), c.evaluate_n)
             described = self.describe(molecules)
             energy, force, ok = terminal_rewards(
                 molecules, self.oracle, force_clip=c.force_clip, energy_clip=c.energy_clip

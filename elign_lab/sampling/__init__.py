@@ -34,6 +34,7 @@ __all__ = [
     "get_sampler",
     "mask_of_sizes",
     "noise_stream",
+    "require_all",
     "sample",
 ]
 
@@ -82,6 +83,13 @@ def sample(
             warnings.warn(f"interrupted: returning {sum(map(len, done))} of {n} molecules", stacklevel=2)
             return MoleculeBatch.cat(done)
     return MoleculeBatch.cat(done)[torch.argsort(order)]
+
+
+def require_all(molecules: MoleculeBatch, n: int) -> MoleculeBatch:
+    """The n molecules that were asked for; raises KeyboardInterrupt for the fewer ones of an interrupted sampler."""
+    if len(molecules) < n:
+        raise KeyboardInterrupt
+    return molecules
 
 
 def draw_sizes(model: Denoiser, n: int, seed: int) -> Tensor:
