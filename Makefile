@@ -8,6 +8,9 @@ STRIP := --ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.e
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec \
 	--ClearMetadataPreprocessor.preserve_nb_metadata_mask=language_info
 
+# a test has one thread (conftest.py): a process for each core, and the tests of one file in one process
+SIDE_BY_SIDE := -n auto --dist loadfile
+
 .PHONY: setup demo test lab notebooks bench lint clean
 
 setup:
@@ -18,8 +21,8 @@ demo: setup
 
 # the browser tests come last, so that the output ends with pytest's own summary
 test: lint
-	$(BIN)/python -m pytest --ignore=tests/browser
-	$(BIN)/python -m pytest -p tests.notebooks.plugin --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider notebooks assignments/source
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore=tests/browser
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -p tests.notebooks.plugin --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider notebooks assignments/source
 	$(BIN)/python -m pytest tests/browser
 
 lint: setup
@@ -33,6 +36,7 @@ lab: setup
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(STRIP) $(NOTEBOOKS)
 	$(BIN)/python scripts/add_pictures.py $(NOTEBOOKS)
+	$(BIN)/python -m tests.notebooks.sources $(NOTEBOOKS)
 
 bench: setup
 	$(BIN)/elign-lab bench denoiser --out benchmarks/results/denoiser.json

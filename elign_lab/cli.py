@@ -125,7 +125,9 @@ def _add_training(commands: Any) -> None:
 
     p = _command(commands, "align", _align, "align a model with an oracle by FED-GRPO, or continue", again)
     _add_model(p)
-    p.add_argument("--preset", default="cpu_mini", help="cpu_mini, qm9_paper or geom_paper (default: %(default)s)")
+    p.add_argument(
+        "--preset", default="cpu_mini", help="cpu_mini, cpu_mini_fine, qm9_paper or geom_paper (default: %(default)s)"
+    )
     _add_alignment(p)
     _add_set(p, "AlignConfig, for example kl_weight=0.01")
 
@@ -265,6 +267,9 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=_positive, default=64, help="number of molecules (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="reverse steps (default: all of the model's)")
+    parser.add_argument(
+        "--spacing", type=float, default=1.0, help="of fewer steps: 1 is even, 2 has more near the end (default: 1)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of sizes and noise (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
 
@@ -444,6 +449,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         n,
         sizes=sizes,
         steps=arguments.steps,
+        spacing=arguments.spacing,
         seed=arguments.seed,
         sampler=arguments.sampler,
         progress=True,
@@ -458,7 +464,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(evaluation.table())
         return 0
-    names = {name: getattr(arguments, name) for name in ("seed", "model", "oracle", "steps")}
+    names = {name: getattr(arguments, name) for name in ("seed", "model", "oracle", "steps", "spacing")}
     print(json.dumps({**evaluation.to_dict(), **names}, indent=2))
     return 0
 
@@ -621,7 +627,9 @@ def _sample_and_evaluate(model: Any, oracle: Oracle, arguments: argparse.Namespa
     from elign_lab.evaluation import evaluate
     from elign_lab.sampling import require_all, sample
 
-    molecules = sample(model, arguments.n, steps=arguments.steps, seed=arguments.seed, progress=True)
+    molecules = sample(
+        model, arguments.n, steps=arguments.steps, spacing=arguments.spacing, seed=arguments.seed, progress=True
+    )
     molecules = require_all(molecules, arguments.n)
     return evaluate(molecules, oracle, seed=arguments.seed), molecules
 

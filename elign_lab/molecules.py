@@ -167,20 +167,15 @@ class MoleculeBatch:
     # ------------------------------------------------------------------ building
     @classmethod
     def from_arrays(cls, molecules: Iterable[tuple[ArrayLike, ArrayLike]], check: bool = True) -> MoleculeBatch:
-        """Pad (atomic numbers (n,), positions (n, 3)) pairs to one batch."""
-        pairs = [(torch.as_tensor(np.asarray(z)).reshape(-1), torch.as_tensor(np.asarray(x))) for z, x in molecules]
-        for i, (z, x) in enumerate(pairs):
-            if tuple(x.shape) != (len(z), 3):
-                raise ValueError(f"molecule {i}: {len(z)} atomic numbers but positions of shape {tuple(x.shape)}")
-            if bool((z != z.long()).any()):
-                raise ValueError(f"molecule {i}: expected whole atomic numbers, got {z.tolist()}")
+        """Pad (atomic numbers (n,), positions (n, 3)) pairs to one batch; float64 if any position is, else float32."""
+        pairs = [_tensors(i, z, x) for i, (z, x) in enumerate(molecules)]
         n = max((len(z) for z, _ in pairs), default=0)
         dtype = torch.float64 if any(x.dtype == torch.float64 for _, x in pairs) else torch.float32
         numbers = torch.zeros(len(pairs), n, dtype=torch.long)
         positions = torch.zeros(len(pairs), n, 3, dtype=dtype)
         mask = torch.zeros(len(pairs), n, dtype=torch.bool)
         for i, (z, x) in enumerate(pairs):
-            numbers[i, : len(z)], positions[i, : len(z)], mask[i, : len(z)] = z.long(), x.to(dtype), True
+            numbers[i, : len(z)], positions[i, : len(z)], mask[i, : len(z)] = z, x.to(dtype), True
         return cls(numbers, positions, mask, check=check)
 
     @classmethod
@@ -286,8 +281,10 @@ class MoleculeBatch:
             try:
                 # QM9's files write exponents as 1.2*^-6
                 x = [[float(v.replace("*^", "e")) for v in row[1:4]] for row in rows]
-                molecules.append(([atomic_number(row[0]) for row in rows], np.array(x).reshape(n, 3)))
-            except (ValueError, IndexError) as error:
+                if short := [k for k, v in enumerate(x) if len(v) < 3]:
+                    raise ValueError(f"atom {short[0]} has fewer than three coordinates: {' '.join(rows[short[0]])!r}")
+                molecules.append(([atomic_number(row[0]) for row in rows], np.array(x)))
+            except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             at += n + 2
         if not molecules:
@@ -328,6 +325,24 @@ class MoleculeBatch:
         if path is not None:
             Path(path).write_text(text)
         return text
+
+
+def _tensors(i: int, numbers: ArrayLike, positions: ArrayLike) -> tuple[Tensor, Tensor]:
+    """Molecule i as atomic numbers (n,) int64 and positions (n, 3), float64 if they were, else float32; copies."""
+    given = (a.detach().cpu() if isinstance(a, Tensor) else a for a in (numbers, positions))
+    try:
+        z, x = (np.asarray(a) for a in given)
+        double = x.dtype.kind == "f" and x.dtype.itemsize >= 8
+        # torch refuses some of NumPy's types, byte orders and strides; the cast refuses text and complex numbers
+        z = z.astype(np.float64, casting="same_kind").reshape(-1)
+        x = x.astype(np.float64 if double else np.float32, order="C", casting="same_kind")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"molecule {i}: expected atomic numbers (n,) and positions (n, 3): {error}") from None
+    if x.shape != (len(z), 3):
+        raise ValueError(f"molecule {i}: {len(z)} atomic numbers but positions of shape {x.shape}")
+    if not (np.isfinite(z) & (z == np.rint(z))).all():
+        raise ValueError(f"molecule {i}: expected whole atomic numbers, got {z.tolist()}")
+    return torch.from_numpy(z).long(), torch.from_numpy(x)
 
 
 def _check_content(numbers: Tensor, positions: Tensor, mask: Tensor) -> None:

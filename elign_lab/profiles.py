@@ -45,14 +45,14 @@ PROFILES = {
             iterations=3,
         ),
         # the paper's experiment (section 4); the folder is the public EDM release; UMA's weights are gated, and
-        # "ani" is the open force field that can stand for them
+        # "ani" is the open force field that can stand for them; DFT of so many molecules would take months
         Profile(
             name="gpu",
             device="cuda",
             model="outputs/edm_qm9",
             dataset="qm9",
             preference="uma",
-            judge="dft",
+            judge="xtb",
             molecules=10_000,
             steps=None,
             align_preset="qm9_paper",

@@ -1,7 +1,7 @@
 """FED-GRPO: align the denoiser with an oracle. Read mdp, rewards, advantages, objective, trainer, in this order."""
 
 from elign_lab.alignment.advantages import group_normalize, total_advantage
-from elign_lab.alignment.config import PRESETS, AlignConfig, cpu_mini, geom_paper, qm9_paper
+from elign_lab.alignment.config import PRESETS, AlignConfig, cpu_mini, cpu_mini_fine, geom_paper, qm9_paper
 from elign_lab.alignment.mdp import Rollouts, degrees_of_freedom, kl_divergence, log_density, log_ratio, rollout
 from elign_lab.alignment.objective import clipped_surrogate, fed_grpo_terms
 from elign_lab.alignment.rewards import (
@@ -32,6 +32,7 @@ __all__ = [
     "align",
     "clipped_surrogate",
     "cpu_mini",
+    "cpu_mini_fine",
     "degrees_of_freedom",
     "duplicate_channel",
     "fed_grpo_terms",

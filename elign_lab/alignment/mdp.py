@@ -60,6 +60,7 @@ def rollout(
     members: int,
     *,
     steps: int | None = None,
+    spacing: float = 1.0,
     skip_prefix: int = 0,
     shared_prefix: bool = True,
     seed: int | Sequence[int] = 0,
@@ -67,11 +68,12 @@ def rollout(
 ) -> Rollouts:
     """Roll out one group of `members` molecules for each size.
 
-    skip_prefix: number of reverse steps of the prefix, which runs once a group (batch G); the branches then run
-    together (batch G K): steps + 1 network calls in all. Without shared_prefix every member runs its own prefix. Group
-    g draws from generators made from (seed, first_group + g): the same group in another process is the same.
+    steps, spacing: of the grid, see `NoiseSchedule.grid`. skip_prefix: number of reverse steps of the prefix, which
+    runs once a group (batch G); the branches then run together (batch G K): steps + 1 network calls in all. Without
+    shared_prefix every member runs its own prefix. Group g draws from generators made from (seed, first_group + g):
+    the same group in another process is the same.
     """
-    grid = model.schedule.grid(steps)
+    grid = model.schedule.grid(steps, spacing)
     if not 0 <= skip_prefix < len(grid) - 1:
         raise ValueError(f"skip_prefix must be between 0 and {len(grid) - 2} (steps - 1), got {skip_prefix}")
     if members < 1 or len(sizes) < 1:

@@ -425,6 +425,7 @@ class Trainer(PolicyTrainer):
             sizes[groups.start : groups.stop].tolist(),
             c.members,
             steps=c.steps,
+            spacing=c.spacing,
             skip_prefix=c.skip_prefix,
             shared_prefix=c.shared_prefix,
             seed=(c.seed, ROLLOUT, index),
@@ -433,7 +434,8 @@ class Trainer(PolicyTrainer):
 
     def evaluation_set(self) -> MoleculeBatch:
         """Samples of the policy with the seed of the configuration."""
-        return sample(self.policy, self.config.evaluate_n, steps=self.config.steps, seed=self.config.seed)
+        c = self.config
+        return sample(self.policy, c.evaluate_n, steps=c.steps, spacing=c.spacing, seed=c.seed)
 
     def prediction(self, model: Denoiser, rollouts: Rollouts, step: Tensor, row: Tensor) -> Tensor:
         """The predicted noise (B, N, 3 + F) at the states of pairs (step, row)."""

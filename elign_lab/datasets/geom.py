@@ -59,6 +59,9 @@ def load_geom(
     if not folder.is_dir():
         convert(Path(root) / SOURCE, folder, max_conformers)
     data = _open(folder)
+    source = Path(root) / SOURCE
+    if source.is_file() and source.stat().st_size != data.passport["source_bytes"]:
+        raise ValueError(f"{folder} was made from another {source}: delete the folder, it is made again")
     if split == "all":
         return data
     if edm_permutation is not None:

@@ -6,6 +6,7 @@ it so; what follows from it is computed in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar, overload
 
@@ -92,9 +93,11 @@ class NoiseSchedule:
             return Transition(*(float(v) for v in values))
         return Transition(*values)
 
-    def grid(self, steps: int | None = None) -> list[int]:
-        """Descending times to 0: all T steps, or `steps` of them, evenly spaced on the same grid.
+    def grid(self, steps: int | None = None, spacing: float = 1.0) -> list[int]:
+        """Descending times to 0: all T steps, or `steps` of them on the same grid.
 
+        spacing: step k of S is at first * (k / S)^spacing: 1 is even, 2 has most steps where t is small, and the
+        positions get their last digits; neighbours are one step apart at least, so with all T it changes nothing.
         Where steps are few the first time is a little under T (for EDM's schedule 984 of 1000 with 20 steps, 997 with
         100): the last one whose step multiplies an error of the network by at most FIRST_STEP (1 / alpha_ts). A long
         step from T itself, where alpha_T is nearly 0, multiplies it by 30 or more, and small molecules fly apart.
@@ -102,18 +105,27 @@ class NoiseSchedule:
         steps = self.timesteps if steps is None else steps
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must be between 1 and {self.timesteps}, got {steps}")
-        first = self._first_time(steps)
-        return [round(first * k / steps) for k in range(steps, -1, -1)]
+        if not 1 <= spacing < math.inf:
+            raise ValueError(f"spacing is {spacing}, expected 1 (even) or more")
+        first = self._first_time(steps, spacing)
+        times = [0]
+        for k in range(1, steps + 1):
+            times.append(max(times[-1] + 1, _spaced(first, k, steps, spacing)))
+        return times[::-1]
 
-    def _first_time(self, steps: int) -> int:
+    def _first_time(self, steps: int, spacing: float) -> int:
         if steps == self.timesteps:
             return self.timesteps
         alpha = torch.sigmoid(-self.gamma).sqrt().tolist()
         times = range(self.timesteps, steps, -1)
-        return next((t for t in times if alpha[round(t * (steps - 1) / steps)] <= FIRST_STEP * alpha[t]), steps)
+        return next((t for t in times if alpha[_spaced(t, steps - 1, steps, spacing)] <= FIRST_STEP * alpha[t]), steps)
 
     def _gamma_of(self, t: int | Tensor) -> Tensor:
         return self.gamma[t] if isinstance(t, int) else self.lookup(t)
+
+
+def _spaced(first: int, k: int, steps: int, spacing: float) -> int:
+    return round(first * k / steps) if spacing == 1 else round(first * (k / steps) ** spacing)
 
 
 def alpha_squared(name: str, timesteps: int, precision: float) -> np.ndarray:

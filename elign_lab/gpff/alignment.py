@@ -53,6 +53,8 @@ class ForceAlignConfig(AlignConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.spacing != 1:
+            raise ValueError(f"spacing = {self.spacing} is of a denoiser's grid: leave it at 1 for a force field")
         _ = self.stochastic_sampler  # refuses what is no policy
 
     @property

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 _TERM = re.compile(r"([A-Z][a-z]?)(\d*)")
 # heavy atoms first, as in the data sets; the order has no meaning for the model
 _LAST = 1
+# electron pairs that an atom shares; a formal charge of +1 here and -1 there leaves the sum as it is
+_VALENCES = {1: 1, 6: 4, 7: 3, 8: 2, 9: 1}
 
 
 def parse_formula(formula: str) -> tuple[int, ...]:
     """Atomic numbers of a formula such as 'C2H6O', heavy atoms first.
 
-    Raises ValueError when the text is not a formula, names an unknown element, is a single atom, or has an odd number
-    of electrons (no closed-shell molecule has it).
+    Raises ValueError when the text is not a formula, names an unknown element, is a single atom, or has no molecule
+    (see check_closed_shell).
     """
     text = formula.strip()
     if not text or _TERM.sub("", text):
@@ -42,11 +44,20 @@ def parse_formula(formula: str) -> tuple[int, ...]:
 
 
 def check_closed_shell(numbers: Sequence[int], what: str) -> None:
-    """Raise ValueError when the neutral molecule has an odd number of electrons; `what` names it in the message."""
+    """Raise ValueError when no neutral molecule in one piece has these atoms; `what` names them in the message.
+
+    That is with an odd number of electrons, and with too few bonds to hold all atoms together (H, C, N, O and F only).
+    """
     if sum(numbers) % 2:
         raise ValueError(
             f"{what} has {sum(numbers)} electrons, an odd number, so no neutral closed-shell molecule has it: "
             "add or remove one hydrogen"
+        )
+    valences, needed = sum(_VALENCES.get(z, 2 * len(numbers)) for z in numbers), 2 * (len(numbers) - 1)
+    if valences < needed:
+        raise ValueError(
+            f"{what} has {len(numbers)} atoms with {valences // 2} bonds among them at most, and one molecule needs "
+            f"{needed // 2}: take out hydrogen or fluorine"
         )
 
 

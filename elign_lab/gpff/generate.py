@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from elign_lab.gpff.compositions import (
     pad_compositions,
     parse_formula,
 )
-from elign_lab.gpff.constraints import Constraints
+from elign_lab.gpff.constraints import TOLERANCE, Constraints
 from elign_lab.gpff.direct import direct
 from elign_lab.gpff.heun import heun
 from elign_lab.gpff.model import PseudoForceField
@@ -63,7 +63,8 @@ def generate(
     noise added to them in Angstrom (default 0; a sampler on a grid needs some). constraints: see Constraints; all
     structures are then copies of one molecule, and a start is needed. Other options go to the sampler. The same
     arguments give the same structures on the same machine. Molecules of near-equal size go together. When interrupted
-    (Ctrl-C) it returns the structures of the finished batches with a warning. Raises ValueError for what cannot be.
+    (Ctrl-C) it returns the structures of the finished batches with a warning, and it warns of structures in which a
+    distance or a region could not be kept. Raises ValueError for what cannot be.
     """
     run = get_sampler(sampler)
     if evaluations < 1:
@@ -85,6 +86,8 @@ def generate(
                 for last in run(task, x, evaluations=evaluations, sigma=level, sigma_min=SIGMA_MIN, **options):  # noqa: B007
                     pass
                 done.append(last.molecules().to("cpu"))
+                if constraints is not None:
+                    _warn_of_violations(constraints, done[-1].positions)
                 bar.update(len(part))
         except KeyboardInterrupt:
             if not done:
@@ -128,6 +131,10 @@ def _atoms(
         drawn: list[tuple[int, ...]] = draw_compositions(model.config.compositions, n or 1, generator)
     else:
         given = [compositions] if isinstance(compositions, str) else list(compositions)
+        if not all(isinstance(c, Iterable) for c in given):
+            raise ValueError(
+                f"compositions are {given}: expected formulas, or a list of atomic numbers for each molecule"
+            )
         drawn = [parse_formula(c) if isinstance(c, str) else tuple(int(z) for z in c) for c in given]
         drawn = [drawn[i] for i in _repeats(len(drawn), n, "compositions")]
     for atoms in drawn:
@@ -135,6 +142,18 @@ def _atoms(
         check_closed_shell(atoms, f"the composition {formula_of(atoms)}")
     numbers, mask = pad_compositions(drawn)
     return model.check(MoleculeBatch(numbers, torch.zeros(*mask.shape, 3), mask))
+
+
+def _warn_of_violations(constraints: Constraints, x: Tensor) -> None:
+    """Distances that all hold at one place need not be reached from another: then the structure is a wrong one."""
+    gaps = [constraints.violation(structure.unsqueeze(0)) for structure in x]
+    broken = [gap for gap in gaps if gap > 10 * TOLERANCE]
+    if broken:
+        warnings.warn(
+            f"{len(broken)} of {len(x)} structures break a constraint, by up to {max(broken):.3f} Angstrom: the "
+            "projection found no way out; start nearer (less sigma), or with fewer distances",
+            stacklevel=3,
+        )
 
 
 def _repeats(given: int, n: int | None, what: str) -> list[int]:
@@ -157,4 +176,13 @@ def _start_level(model: PseudoForceField, start: MoleculeBatch | None, sigma: fl
             f"sampler {sampler!r} runs on a grid that begins at sigma, which must be over {SIGMA_MIN} Angstrom with a "
             f"start, got {sigma}; or use an adaptive sampler, which reads the level off the force"
         )
+    if not sigma:
+        _check_apart(start)
     return 0.0 if sigma is None else sigma
+
+
+def _check_apart(start: MoleculeBatch) -> None:
+    """Refuse atoms at one place, such as the new ones of `replace_group`: their forces are the same, for ever."""
+    for i, (_, x) in enumerate(start.arrays()):
+        if torch.pdist(torch.as_tensor(x)).min() < TOLERANCE:
+            raise ValueError(f"molecule {i} of the start has two atoms at one place: give sigma > 0, to part them")

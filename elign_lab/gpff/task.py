@@ -76,10 +76,12 @@ class SamplingTask:
         return Estimate(clean, level)
 
     def noise(self) -> Tensor:
-        """Standard Gaussian noise (B, N, 3) on the atoms that may move, of zero centre of mass if nothing anchors."""
+        """Standard Gaussian noise (B, N, 3) on the atoms that may move, of zero centre of mass if none is frozen."""
         noise = torch.randn(*self.mask.shape, 3, generator=self.generator, device=self.mask.device)
         noise = noise.to(self.model.dtype)
-        return noise * self.moving.unsqueeze(-1) if self._anchored else zero_com(noise, self.mask)
+        if self.constraints is not None and self.constraints.frozen:
+            return noise * self.moving.unsqueeze(-1)
+        return zero_com(noise, self.mask)  # no force would bring a molecule back that noise has moved as a whole
 
     def project(self, x: Tensor) -> Tensor:
         """x (B, N, 3) with the constraints fulfilled, and centred if nothing anchors it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,10 +44,12 @@ def atom_energy(number: int, settings: Settings) -> float:
 
 def _single_point(numbers: np.ndarray, positions: np.ndarray, settings: Settings, unpaired: int | None) -> Evaluation:
     spin = int(numbers.sum()) % 2 if unpaired is None else unpaired
+    elements = {chemical_symbols[z] for z in numbers.tolist()}
     molecule = gto.M(
         atom=[(int(z), tuple(x)) for z, x in zip(numbers, positions / BOHR_IN_ANGSTROM, strict=True)],
         unit="Bohr",
         basis=settings.basis,
+        ecp={e: settings.basis for e in elements if _has_core_potential(settings.basis, e)},
         charge=0,
         spin=spin,
         verbose=0,
@@ -61,6 +64,20 @@ def _single_point(numbers: np.ndarray, positions: np.ndarray, settings: Settings
         return Evaluation.failure(f"PySCF: {type(error).__name__}: {error}")
     forces = -np.asarray(gradient) * (HARTREE_IN_EV / BOHR_IN_ANGSTROM)
     return Evaluation(float(method.e_tot) * HARTREE_IN_EV, forces)
+
+
+@cache
+def _has_core_potential(basis: str, element: str) -> bool:
+    """Whether the basis set is of valence orbitals, for an effective core potential of its name.
+
+    PySCF takes such a set without its potential too, and then gives energies and forces that mean nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to install another package of basis sets
+        try:
+            return bool(gto.basis.load_ecp(basis, element))
+        except (RuntimeError, KeyError):  # no potentials of this name
+            return False
 
 
 def _converged(molecule: gto.Mole, settings: Settings) -> dft.rks.RKS | dft.uks.UKS:

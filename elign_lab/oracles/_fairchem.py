@@ -13,9 +13,6 @@ import logging
 import os
 import random
 import tempfile
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ from ase import Atoms
 from packaging.specifiers import SpecifierSet
 
 from elign_lab.oracles._evaluation import Molecule
+from elign_lab.oracles._network import unreachable
 from elign_lab.oracles.escn import BUNDLED, TASK, EscnCheckpoint, path_of
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ INSTALL = f"pip install 'fairchem-core{SUPPORTED}'"
 REPOSITORY = "facebook/UMA"
 REQUEST = f"https://huggingface.co/{REPOSITORY}"
 MEANWHILE = f"until then take model={BUNDLED!r} (small, not UMA), or the 'ani' or 'learned' oracle"
-CONNECT_SECONDS = 1.5
 
 
 class UMAUnavailableError(ValueError):
@@ -181,30 +178,10 @@ def _require_network(name: str) -> None:
     # read at its import, and from the environment in case it was set after that
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UMAUnavailableError("network", f"HF_HUB_OFFLINE is set; unset it to download {name}; {MEANWHILE}")
-    problem = _unreachable(constants.ENDPOINT)
+    problem = unreachable(constants.ENDPOINT)
     if problem:
         advice = f"connect, or copy {cache_folder()} from a machine that has {name}"
         raise UMAUnavailableError("network", f"{constants.ENDPOINT}: {problem}; {advice}; {MEANWHILE}")
-
-
-def _unreachable(url: str) -> str:
-    """Why a server does not answer within CONNECT_SECONDS; empty when it does."""
-    found: list[str] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
-            found.append("")
-        except urllib.error.HTTPError:  # an answer all the same
-            found.append("")
-        except OSError as error:
-            found.append(str(getattr(error, "reason", error)))
-
-    # looking up a name has no time limit of its own
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return found[0] if found else f"no answer in {CONNECT_SECONDS:g} s"
 
 
 def _explained(error: OSError, file: str, name: str) -> UMAUnavailableError:
@@ -227,6 +204,8 @@ def _explained(error: OSError, file: str, name: str) -> UMAUnavailableError:
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         cause = error.__cause__ or error
+        if isinstance(cause, errors.HfHubHTTPError):
+            return UMAUnavailableError("download", f"{file}: {cause}; try again later; {MEANWHILE}")
         proxy = "a proxy or a login page may answer in its place: open it in a browser"
         return UMAUnavailableError("network", f"{type(cause).__name__} for {REQUEST}; {proxy}; {MEANWHILE}")
     if isinstance(error, errors.HfHubHTTPError):

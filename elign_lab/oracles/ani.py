@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import urllib.request
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from elign_lab.checkpoints import weights_hash
 from elign_lab.molecules import MoleculeBatch, atomic_number
-from elign_lab.oracles._evaluation import HARTREE_IN_EV, Evaluation, Molecule
+from elign_lab.oracles._evaluation import HARTREE_IN_EV, OK, Evaluation, Molecule
+from elign_lab.oracles._network import unreachable
 from elign_lab.oracles.protocol import Oracle, precision_of
 
 SYMBOLS = ("H", "C", "N", "O", "S", "F", "Cl")
@@ -23,7 +23,6 @@ MEMBERS = 8
 STATE_DICT = "ani2x_state_dict.pt"
 URL = f"https://huggingface.co/roitberg-group/ani2x/resolve/main/{STATE_DICT}"
 NEUROCHEM = "https://github.com/aiqm/ani-model-zoo (folder resources/ani-2x_8x)"
-CONNECT_SECONDS = 1.5
 
 
 class ANIOracle(Oracle):
@@ -34,12 +33,14 @@ class ANIOracle(Oracle):
     electrons gets a number all the same, unless closed_shell_only is set. Its isolated-atom energies are the self
     energies that it was fitted with (a linear fit over molecules), not energies of atoms, so formation energies have
     another zero than those of xTB or DFT (about -0.1 eV per atom). For molecules unlike its training set the
-    uncertainty is large: 5 eV for H2, against 0.01 eV for ethanol.
+    uncertainty is large: 5 eV for H2, against 0.01 eV for ethanol. With max_uncertainty such a molecule is a failure
+    with a status, and so gives no reward in an alignment.
 
     weights: a folder of NeuroChem files (ani-2x_8x), or a torchani state dict (.pt); None for the state dict that
         torchani keeps in its data folder, downloaded from Hugging Face when it is not there.
     device, dtype: where and in which precision the networks run; self energies are added in double precision.
     batch_size: molecules that are evaluated at once.
+    max_uncertainty: in eV per atom; None for no limit.
     Other options: see Oracle. Raises ValueError when there are no weights, or they are not those of ANI-2x.
     """
 
@@ -55,6 +56,7 @@ class ANIOracle(Oracle):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 128,
+        max_uncertainty: float | None = None,
         min_distance: float = 0.3,
         max_atoms: int | None = None,
         closed_shell_only: bool = False,
@@ -68,6 +70,8 @@ class ANIOracle(Oracle):
         )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_uncertainty is not None and not max_uncertainty > 0:
+            raise ValueError(f"max_uncertainty must be positive (eV per atom), or None, got {max_uncertainty}")
         path = _downloaded() if weights is None else Path(weights)
         self._model, self_energies = _from_folder(path) if path.is_dir() else _from_state_dict(path)
         self._model.set_enabled("energy_shifter", False)  # type: ignore[operator]
@@ -78,6 +82,7 @@ class ANIOracle(Oracle):
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
+        self.max_uncertainty = max_uncertainty
 
     @classmethod
     def available(cls) -> tuple[bool, str]:
@@ -90,7 +95,8 @@ class ANIOracle(Oracle):
     def identity(self) -> dict[str, Any]:
         """See Oracle.identity."""
         energies = sorted(self._self_energies.items())
-        return {"weights": weights_hash(self._model), "energies": energies, **precision_of(self.dtype, self.device)}
+        about = {"weights": weights_hash(self._model), "energies": energies, "max_uncertainty": self.max_uncertainty}
+        return {**about, **precision_of(self.dtype, self.device)}
 
     def _compute(self, molecules: list[Molecule]) -> list[Evaluation]:
         # similar sizes together, so that little of a batch is padding
@@ -110,14 +116,20 @@ class ANIOracle(Oracle):
         (gradient,) = torch.autograd.grad(members.mean(0).sum(), positions)
         energies = (members.detach().double() * HARTREE_IN_EV).cpu()
         forces = (gradient.double() * -HARTREE_IN_EV).cpu().numpy()
-        return [
-            Evaluation(
-                energy=float(energies[:, i].mean()) + sum(self._self_energies[z] for z in numbers.tolist()),
-                forces=forces[i, : len(numbers)],
-                uncertainty=float(energies[:, i].std()),
-            )
-            for i, (numbers, _) in enumerate(molecules)
-        ]
+        answers = []
+        for i, (numbers, _) in enumerate(molecules):
+            energy = float(energies[:, i].mean()) + sum(self._self_energies[z] for z in numbers.tolist())
+            deviation = float(energies[:, i].std())
+            doubt = self._doubt(deviation / len(numbers))
+            answers.append(Evaluation(energy, forces[i, : len(numbers)], doubt, deviation))
+        return answers
+
+    def _doubt(self, per_atom: float) -> str:
+        """ "ok", or why the members disagree too much (eV per atom)."""
+        if self.max_uncertainty is None or per_atom <= self.max_uncertainty:
+            return OK
+        limit = f"over the limit of {self.max_uncertainty:g} (max_uncertainty)"
+        return f"the members differ by {per_atom:.3f} eV per atom, {limit}"
 
 
 def _architecture() -> Any:  # torchani's modules are not typed
@@ -201,14 +213,15 @@ def _downloaded() -> Path:
     path = _cached()
     if path.is_file():
         return path
-    try:
-        # a download has no time limit of its own: without a network this says so at once
-        urllib.request.urlopen(urllib.request.Request(URL, method="HEAD"), timeout=CONNECT_SECONDS).close()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), progress=False)
-    except OSError as error:
-        raise ValueError(
-            f"no ANI-2x weights: {path} is not there and {URL} cannot be reached ({error}). Run this once with a "
-            f"network, or pass weights= the NeuroChem folder of {NEUROCHEM} or a state dict file"
-        ) from error
-    return path
+    problem = unreachable(URL)  # a download has no time limit of its own
+    if not problem:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), progress=False)
+            return path
+        except OSError as error:
+            problem = str(error)
+    raise ValueError(
+        f"no ANI-2x weights: {path} is not there and {URL} cannot be downloaded ({problem}). Run this once with a "
+        f"network, or pass weights= the NeuroChem folder of {NEUROCHEM} or a state dict file"
+    )

@@ -59,10 +59,14 @@ class CachedOracle(Oracle):
         self.oracle, self.path, self.write_every = oracle, Path(path), write_every
         self.name, self.elements, self.max_extent = oracle.name, oracle.elements, oracle.max_extent
         self.has_uncertainty, self.atom_energies = oracle.has_uncertainty, oracle.atom_energies
-        about = {"oracle": oracle.name, **(oracle.identity() if identity is None else identity)}
-        self._identity = json.dumps(about, sort_keys=True).encode()
+        self._about = dict(oracle.identity() if identity is None else identity)
+        self._identity = json.dumps({"oracle": oracle.name, **self._about}, sort_keys=True).encode()
         self.hits = self.misses = 0
         _prepare(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """See Oracle.identity: that of the oracle behind."""
+        return dict(self._about)
 
     def reset_counters(self) -> None:
         """Set all counters to zero, those of the oracle behind too."""

@@ -27,7 +27,8 @@ class DFTOracle(Oracle):
     xc: functional. "b3lyp" is PySCF's (2.3 and later): libxc's HYB_GGA_XC_B3LYP with VWN-RPA, the variant of Gaussian;
         "b3lyp5" has VWN5. The paper says B3LYP by PySCF and names no variant.
     basis: basis set, by PySCF's name, with spherical functions (Gaussian's 6-31G(d) has Cartesian d functions, so
-        its total energies differ). The gradient leaves out the response of the grid. Both are PySCF's defaults.
+        its total energies differ). A set with effective core potentials, such as def2-svp for iodine, brings them. The
+        gradient leaves out the response of the grid. Both are PySCF's defaults.
     grid_level: PySCF's integration grid, 0 to 9.
     conv_tol: of the energy, Hartree. max_cycle: of the SCF.
     density_fit: fit the Coulomb and exchange integrals; changes total energies by some meV (3 for ethanol).

@@ -42,6 +42,7 @@ from elign_lab.oracles.protocol import Oracle
 
 CLASHES = ("contact", "diatomic")  # kinds that are labelled up to max_force_broken
 _CHUNK = 512
+_ROUNDING = ("device", "gpu", "torch", "tblite", "pyscf", "fairchem")  # keys of Oracle.identity
 
 
 # ---------------------------------------------------------------------- the file
@@ -206,10 +207,11 @@ def make_labels(
     downhill from the edited and the generated geometries are added (a round of active learning).
     Every part is kept in the folder `out`, so that a run that was stopped goes on, and a later call with more models or
     with `improve` computes only what is new (variations are those of the first models). Raises ValueError when the
-    folder was made with another plan, split or oracle.
+    folder was made with another plan, split or oracle (its settings or weights too).
     """
     out, plan = Path(out), plan or LabelPlan()
-    _check_made_by(out / "made_by.json", {"oracle": oracle.name, "split": split, "plan": asdict(plan)})
+    about = {"oracle": oracle.name, "method": _method(oracle), "split": split, "plan": asdict(plan)}
+    _check_made_by(out / "made_by.json", about)
 
     def part(
         name: str, geometries: Callable[[], Mapping[str, Sequence[Molecule]]], max_force: float = plan.max_force
@@ -238,12 +240,12 @@ def make_labels(
     parts += [part(f"generated-{i}", partial(generated, i), plan.max_force_broken) for i in range(len(models))]
     samples = LabelSet.cat(parts)
     samples = samples.subset(samples.kind == "sample")
-    if len(samples):
+    if len(samples) and plan.variations:
         rng = np.random.default_rng([plan.seed, len(PERTURBATIONS)])
         chosen = samples.molecules(rng.integers(len(samples), size=plan.variations))
         varied = [(thermal, edited)[i % 2](molecule, rng) for i, molecule in enumerate(chosen)]
         parts.append(part("varied", lambda: {"varied": varied}, plan.max_force_broken))
-    if improve is not None:
+    if improve is not None and plan.descents:
         pool = LabelSet.cat(p.subset(np.isin(p.kind, ("edited", "sample", "clean"))) for p in parts)
         rng = np.random.default_rng([plan.seed, len(PERTURBATIONS) + 1])
         starts = pool.molecules(rng.permutation(len(pool))[: plan.descents])
@@ -252,8 +254,18 @@ def make_labels(
     return LabelSet.cat(parts)
 
 
+def _method(oracle: Oracle) -> dict[str, Any] | None:
+    """What defines an oracle's numbers; another device or version may go on with a folder. None where it cannot say."""
+    try:
+        identity = oracle.identity()
+    except ValueError:
+        return None
+    return {key: value for key, value in identity.items() if key not in _ROUNDING}
+
+
 def _check_made_by(path: Path, made_by: dict[str, Any]) -> None:
     """Write down how the parts of a folder are made, or compare it with what is written there."""
+    made_by = json.loads(json.dumps(made_by))  # as it is read: without tuples
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(made_by, indent=2) + "\n")

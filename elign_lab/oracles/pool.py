@@ -29,15 +29,21 @@ class WorkerPool:
     """Maps `function(molecules) -> list[Evaluation]` over molecules in worker processes that start when first needed.
 
     workers: number of processes, None for one per core; 0 evaluates in this process, without a time limit.
-    executor: any concurrent.futures executor instead of the own pool, for example dask.distributed's
-        `Client.get_executor()`; then `workers` is the number of tasks kept in flight, and `close` leaves it alone.
-        Give no more than it runs at once: the time limit counts from when a task is handed over.
+    executor: any concurrent.futures executor instead of the own pool, such as dask's (below); then `workers` is the
+        number of tasks kept in flight, and `close` leaves it alone. Give no more than it runs at once: the time limit
+        counts from when a task is handed over.
     timeout: seconds that a molecule may take, None for no limit. The worker of an overdue molecule is killed (one
         of a given executor cannot be: its result is ignored).
     chunk_size: molecules per task, so that sending them does not dominate.
 
     A molecule that takes too long, or whose worker dies twice, is a failed Evaluation. An exception from `function`
     is an error of the program and is raised.
+
+    On a cluster of dask.distributed, where the molecules of a worker that dies are computed again by another:
+
+        with LocalCluster(n_workers=4, threads_per_worker=1) as cluster, Client(cluster) as client:
+            with load_oracle("xtb", executor=client.get_executor(), workers=4) as xtb:
+                labels = make_labels(xtb, "runs/oracle/labels")
     """
 
     def __init__(

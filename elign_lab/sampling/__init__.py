@@ -45,6 +45,7 @@ def sample(
     *,
     sizes: Sequence[int] | Tensor | None = None,
     steps: int | None = None,
+    spacing: float = 1.0,
     seed: int = 0,
     sampler: str = "ancestral",
     temperature: float = 1.0,
@@ -53,11 +54,12 @@ def sample(
 ) -> MoleculeBatch:
     """Sample n molecules.
 
-    sizes: number of atoms of each (default: drawn from the model's training histogram); steps: T, or fewer on the same
-    grid; seed: the same seed, n, sizes and batch_size give the same molecules on the same machine, and the same noise
-    for another model. temperature: factor on the noise of the steps, see `noise_stream`; for a sampler that has noise.
-    Molecules of near-equal size are sampled together. When interrupted (Ctrl-C) it returns the
-    molecules of the finished batches with a warning, and raises only if there are none.
+    sizes: number of atoms of each (default: drawn from the model's training histogram); steps, spacing: all T steps, or
+    fewer on the same grid, see `NoiseSchedule.grid`; seed: the same seed, n, sizes and batch_size give the same
+    molecules on the same machine, and the same noise for another model. temperature: factor on the noise of the steps,
+    see `noise_stream`; for a sampler that has noise. Molecules of near-equal size are sampled together. When
+    interrupted (Ctrl-C) it returns the molecules of the finished batches with a warning, and raises only if there are
+    none.
     """
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
@@ -67,14 +69,15 @@ def sample(
     _check_sizes(model, sizes, n)
     order = torch.argsort(sizes, stable=True)
     generator = torch.Generator(model.device).manual_seed(seed)
-    calls = (len(model.schedule.grid(steps))) * -(-n // batch_size)
+    grid = model.schedule.grid(steps, spacing)
+    calls = len(grid) * -(-n // batch_size)
     done: list[MoleculeBatch] = []
     with tqdm(total=calls, desc="sampling", unit="step", disable=not progress) as bar:
         try:
             for chunk in order.split(batch_size):
                 mask = mask_of_sizes(sizes[chunk]).to(model.device)
                 noise = noise_stream(model, mask, generator, temperature)
-                for last in run(model, mask, steps=steps, noise=noise):  # noqa: B007 (used below)
+                for last in run(model, mask, grid=grid, noise=noise):  # noqa: B007 (used below)
                     bar.update()
                 done.append(decode_record(model, last).to("cpu"))
         except KeyboardInterrupt:

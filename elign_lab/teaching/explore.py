@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets
+import traitlets
 
 from elign_lab.teaching.figure import Figure
+from elign_lab.widgets.live import alert_html
 from elign_lab.widgets.panels.base import Chart
 
 Range = tuple[float, float, float, float]
 """(first value, least, largest, step) of a slider."""
 
 
-def explore(draw: Callable[..., Figure], **ranges: Range) -> ipywidgets.VBox:
+def explore(draw: Callable[..., Figure], **ranges: Range) -> Explorer:
     """One slider for each keyword of `draw`, and the figure that it makes of their values.
 
     `explore(figures.tilt_figure, beta=(1.0, 0.0, 6.0, 0.25))`. The figure follows when a slider is let go. Raises
@@ -22,15 +25,46 @@ def explore(draw: Callable[..., Figure], **ranges: Range) -> ipywidgets.VBox:
     for name, values in ranges.items():
         if len(values) != 4 or not values[1] <= values[0] <= values[2] or not values[3] > 0:
             raise ValueError(f"{name} = {values}: expected (first value, least, largest, step > 0)")
-    sliders = {name: _slider(name, *values) for name, values in ranges.items()}
+    return Explorer(draw, {name: _slider(name, *values) for name, values in ranges.items()})
 
-    def current() -> Figure:
-        return draw(**{name: slider.value for name, slider in sliders.items()})
 
-    chart = Chart(current())
-    for slider in sliders.values():
-        slider.observe(lambda _: chart.draw(current()), "value")
-    return ipywidgets.VBox([*sliders.values(), chart])
+class Explorer(ipywidgets.VBox):
+    """Sliders and the figure of their values, as `explore` makes them.
+
+    What `draw` raises for a value is shown, and kept in `last_error`; the old figure stays. Pages that run no widgets
+    show the figure's alternative text.
+    """
+
+    last_error = traitlets.Unicode("")
+
+    def __init__(self, draw: Callable[..., Figure], sliders: dict[str, ipywidgets.Widget]) -> None:
+        self._make, self._sliders = draw, sliders
+        self.chart = Chart(self._current())
+        self._alert = ipywidgets.HTML()
+        for slider in sliders.values():
+            slider.observe(self._moved, "value")
+        super().__init__([*sliders.values(), self.chart, self._alert])
+
+    def __repr__(self) -> str:
+        return f"Figure with sliders for {', '.join(self._sliders)}: {self.chart.figure.layout.meta['alt']}"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and the whole text (ipywidgets would cut it)."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data["text/plain"] = repr(self)
+        return bundle
+
+    def _current(self) -> Figure:
+        return self._make(**{name: slider.value for name, slider in self._sliders.items()})
+
+    def _moved(self, change: dict[str, Any]) -> None:
+        try:
+            self.chart.draw(self._current())
+            self.last_error = ""
+        except Exception as error:  # a slider has no caller that could see it
+            self.last_error = f"{type(error).__name__}: {error}"
+        self._alert.value = alert_html(self.last_error)
 
 
 def _slider(name: str, value: float, least: float, largest: float, step: float) -> ipywidgets.Widget:

@@ -85,14 +85,15 @@ def alchemical_cosines(
     sizes: Sequence[int],
     *,
     steps: int | None = None,
+    spacing: float = 1.0,
     skip: int = 0,
     stride: int = 1,
     seed: int = 0,
 ) -> AlchemicalCosines:
     """Cosines along trajectories of the base model, one molecule for each entry of sizes.
 
-    steps: of the sampler; the first `skip` are not analysed, then every stride-th is. The oracle sees the base model's
-    clean estimate with its own types; the force is that of Eq. 10, f(x0_hat).
+    steps, spacing: of the sampler's grid; the first `skip` are not analysed, then every stride-th is. The oracle sees
+    the base model's clean estimate with its own types; the force is that of Eq. 10, f(x0_hat).
     """
     if skip < 0 or stride < 1:
         raise ValueError(f"skip must be at least 0 and stride at least 1, got {skip} and {stride}")
@@ -100,7 +101,8 @@ def alchemical_cosines(
     generator = torch.Generator(base.device).manual_seed(seed)
     directions = torch.Generator(base.device).manual_seed(seed + 1)
     times, cosines, controls = [], [], []
-    records = ancestral(base, mask, steps=steps, generator=generator, decode=False)
+    grid = base.schedule.grid(steps, spacing)
+    records = ancestral(base, mask, grid=grid, generator=generator, decode=False)
     for k, record in enumerate(records):
         if k < skip or (k - skip) % stride:
             continue
@@ -149,7 +151,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def trained_time(base: Denoiser, config: AlignConfig) -> int:
     """Largest t at which FED-GRPO with these settings trains the model: where its shared prefix ends."""
-    return base.schedule.grid(config.steps)[config.skip_prefix]
+    return base.schedule.grid(config.steps, config.spacing)[config.skip_prefix]
 
 
 @cache
@@ -161,7 +163,8 @@ def bundled_cosines(molecules: int = 128, stride: int = 4, seed: int = 0) -> Alc
     """
     base, aligned, oracle = load_model("edm-mini"), load_model("edm-mini-aligned"), load_oracle("learned")
     sizes = draw_sizes(base, molecules, seed).tolist()
-    return alchemical_cosines(base, aligned, oracle, sizes, steps=BUNDLED_PRESET.steps, stride=stride, seed=seed)
+    c = BUNDLED_PRESET
+    return alchemical_cosines(base, aligned, oracle, sizes, steps=c.steps, spacing=c.spacing, stride=stride, seed=seed)
 
 
 # ---------------------------------------------------------------------- statements

@@ -73,9 +73,13 @@ def conformer_energies(smiles: str, n: int, oracle: Oracle, seed: int = 1) -> Fl
 def weight_share(energies: FloatArray, beta: float) -> float:
     """Effective share of samples weighted by exp(-beta E), 1 / (n sum w^2), between 1 / n and 1 (Kish 1965).
 
-    energies (n,) in eV, beta in 1/eV.
+    energies (n,) in eV, beta in 1/eV. Raises ValueError for energies that are not finite.
     """
-    weights = softmax(-beta * np.asarray(energies, dtype=float))
+    energies = np.asarray(energies, dtype=float)
+    if energies.size == 0 or not np.isfinite(energies).all():
+        missing = int((~np.isfinite(energies)).sum())
+        raise ValueError(f"expected finite energies, got {energies.size}, of which {missing} are not: leave those out")
+    weights = softmax(-beta * energies)
     return float(1 / (len(weights) * np.square(weights).sum()))
 
 

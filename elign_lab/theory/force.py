@@ -214,6 +214,21 @@ def extrapolated(step: TiltedStep) -> tuple[float, float]:
     return float(value), float(np.abs(weights) @ step.by_stein_error[[0, -1]])
 
 
+def step_order(step: TiltedStep) -> tuple[float, float]:
+    """Order p of theorem 5's remainder, sigma^2 |by_stein - 1| ~ sigma^p, with its standard error; 4 if smooth.
+
+    A straight line through the logarithms, weighted with the errors, which are those of points that share their noise.
+    Raises ValueError for fewer than two sigmas.
+    """
+    if len(step.sigmas) < 2:
+        raise ValueError(f"an order needs two sigmas or more, got {len(step.sigmas)}")
+    gap = np.abs(step.by_stein - 1)
+    x, weights = np.log(step.sigmas), np.square(gap / step.by_stein_error)
+    x = x - weights @ x / weights.sum()
+    shares = weights * x / (weights @ x**2)
+    return float(2 + shares @ np.log(gap)), float(np.abs(shares) @ (step.by_stein_error / gap))
+
+
 def _weighted_mean(weight: Tensor, values: Tensor) -> tuple[float, float]:
     """Weighted mean over antithetic pairs and its standard error; the weights sum to 1."""
     mean = weight @ values

@@ -20,6 +20,11 @@ T = TypeVar("T")
 _REFRESH_SECONDS = 0.1  # the progress bar is updated at most ten times a second
 
 
+def alert_html(error: str) -> str:
+    """An error message for the page; nothing for ""."""
+    return f"<div role='alert' style='color:var(--jp-error-color1,#d32f2f)'>{html.escape(error)}</div>" if error else ""
+
+
 class Live(ipywidgets.VBox, Generic[T]):
     """Step through an iterable on a worker thread, with a row of controls: start, pause, stop, progress, status.
 
@@ -72,10 +77,12 @@ class Live(ipywidgets.VBox, Generic[T]):
 
     # ------------------------------------------------------------------ what a user does
     def start(self) -> Live[T]:
-        """Start the run (or go on after a pause); returns self."""
-        if self.running:
+        """Start the run (or go on after a pause; after a stop, as soon as the item in hand is done); returns self."""
+        if self.running and self.status in ("running", "paused") and not self._stop_asked.is_set():
             self._go_on.set()
             return self
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
         if self.status != "ready" and not callable(self._source) and iter(self._source) is self._source:
             raise ValueError("an iterator can be run once: give Live a function that makes it, to start again")
         self._error, self.last_error, self.n_done = None, "", 0
@@ -187,8 +194,4 @@ class Live(ipywidgets.VBox, Generic[T]):
         )
         of = "" if self._total is None else f" / {self._total}"
         self._text.value = f"<span style='white-space:nowrap'>{self.status}, {self.n_done}{of}</span>"
-        self._alert.value = (
-            f"<div role='alert' style='color:var(--jp-error-color1,#d32f2f)'>{html.escape(self.last_error)}</div>"
-            if self.last_error
-            else ""
-        )
+        self._alert.value = alert_html(self.last_error)

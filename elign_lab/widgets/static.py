@@ -8,14 +8,14 @@ writes the PNG. Lengths are in Angstrom.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy.ndimage import uniform_filter
 
 BOND_TOLERANCE = 1.3  # atoms closer than this times the sum of their covalent radii are drawn bonded
@@ -24,6 +24,7 @@ STICK_RADIUS = 0.12
 LIGHT = np.array([-0.42, 0.58, 0.70]) / np.linalg.norm([-0.42, 0.58, 0.70])  # from the upper left; x right, y up
 _HALF = (LIGHT + np.array([0, 0, 1])) / np.linalg.norm(LIGHT + np.array([0, 0, 1]))
 GHOST = np.array([47, 158, 143]) / 255  # a reference that is laid over
+_RING = 5  # width in pixels of a ring around a marked atom
 _TEXT = (128, 136, 146, 255)  # legible on a white and on a black page
 # Jmol's colours, with the commonest elements a little calmer
 _CALM = {1: "#f1f3f6", 6: "#6d7480", 7: "#3d6bf2", 8: "#ea3f3f", 9: "#8fdc57", 16: "#f3c52e", 17: "#35c24f"}
@@ -88,7 +89,7 @@ class Drawing:
     """One molecule of a picture: atomic numbers (n,), positions (n, 3), colours (n, 3) from 0 to 1, and a caption.
 
     rotation (3, 3) turns it to the viewer; `sticks` (bonds, 2) replaces the distance rule; `reference` (atomic numbers,
-    positions) is laid over it, translucent.
+    positions) is laid over it, translucent; `marks` has the atoms with a ring, by the colour of the ring.
     """
 
     numbers: NDArray[np.integer]
@@ -98,6 +99,7 @@ class Drawing:
     caption: str = ""
     sticks: NDArray[np.integer] | None = None
     reference: tuple[NDArray[np.integer], FloatArray] | None = None
+    marks: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def render_png(drawings: Sequence[Drawing], *, width: int, height: int, columns: int) -> bytes:
@@ -120,26 +122,52 @@ def render_png(drawings: Sequence[Drawing], *, width: int, height: int, columns:
 
 
 def _render(drawing: Drawing, width: int, height: int) -> Image.Image:
-    """One molecule, fitted to width x height pixels; atoms that are not finite are left out."""
+    """One molecule and what is laid over it, fitted to width x height; atoms that are not finite are left out."""
     finite = np.isfinite(drawing.positions).all(-1)
     if not finite.any():
         return Image.new("RGBA", (width, height))
     center = drawing.positions[finite].mean(0, dtype=float)
     x = (drawing.positions - center) @ drawing.rotation.T
-    reach = np.maximum(np.abs(x[finite, :2]) + BALL_RADII[drawing.numbers[finite], None], 1.2).max(0) * 1.06
+    reach = _reach(drawing.numbers, x)
+    if drawing.reference is not None:
+        numbers, positions = drawing.reference
+        laid = (positions - center) @ drawing.rotation.T
+        reach = np.maximum(reach, _reach(numbers, laid))
     scale = min(width / (2 * reach[0]), height / (2 * reach[1]), 110.0)
     canvas = _Canvas(width, height, scale)
     canvas.molecule(drawing.numbers, x, drawing.colors, drawing.sticks)
     image = canvas.image()
     if drawing.reference is not None:
-        numbers, positions = drawing.reference
         layer = _Canvas(width, height, scale)
-        layer.molecule(numbers, (positions - center) @ drawing.rotation.T, np.tile(GHOST, (len(numbers), 1)), None)
+        layer.molecule(numbers, laid, np.tile(GHOST, (len(numbers), 1)), None)
         ghost = layer.image()
         behind, hint = _faded(ghost, 0.6), _faded(ghost, 0.14)  # clear behind the molecule, a hint in front
         behind.alpha_composite(image)
         behind.alpha_composite(hint)
-        return behind
+        image = behind
+    for color, atoms in drawing.marks.items():
+        for i in atoms:
+            if i < len(x) and np.isfinite(x[i]).all():
+                image.alpha_composite(
+                    _ring(image.size, scale * x[i, :2], scale * BALL_RADII[drawing.numbers[i]], color)
+                )
+    return image
+
+
+def _reach(numbers: NDArray[np.integer], x: FloatArray) -> FloatArray:
+    """Half width and half height (2,) that show the finite atoms; x (n, 3) is turned to the viewer already."""
+    finite = np.isfinite(x).all(-1)
+    edges = np.abs(x[finite, :2]) + BALL_RADII[numbers[finite], None]
+    return np.max(edges, axis=0, initial=1.2) * 1.06
+
+
+def _ring(size: tuple[int, int], middle: FloatArray, radius: float, color: str) -> Image.Image:
+    """A ring around a ball, as the live view has it; middle (x, y) from the centre of the picture, in pixels, y up."""
+    rows, columns = np.ogrid[: size[1], : size[0]]
+    distance = np.hypot(columns + 0.5 - size[0] / 2 - middle[0], rows + 0.5 - size[1] / 2 + middle[1])
+    cover = np.clip(0.5 * _RING + 0.5 - np.abs(distance - radius - _RING), 0, 1)
+    image = Image.new("RGBA", size, ImageColor.getrgb(color))
+    image.putalpha(Image.fromarray((255 * cover).astype(np.uint8)))
     return image
 
 

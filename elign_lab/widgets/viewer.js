@@ -10,7 +10,7 @@ const TILT = [0.96, 0.0, 0.28, 0.11, 0.91, -0.39, -0.25, 0.41, 0.88];
 const ICONS = { play: "M4 2.5v11l9-5.5z", pause: "M4 2.5h3v11H4zM9 2.5h3v11H9z" };
 
 // ---- small linear algebra (row-major 3 x 3)
-const unit = (v) => { const n = Math.hypot(...v); return v.map((c) => c / n); };
+const unit = (v) => v.map((c) => c / Math.hypot(...v));
 const matmul = (a, b) => [0, 3, 6].flatMap((i) => [0, 1, 2].map((j) => a[i] * b[j] + a[i + 1] * b[j + 3] + a[i + 2] * b[j + 6]));
 const times = (m, v) => [0, 3, 6].map((k) => m[k] * v[0] + m[k + 1] * v[1] + m[k + 2] * v[2]);
 const row = (array, i) => Array.from(array.subarray(3 * i, 3 * i + 3)); // of an atom
@@ -29,7 +29,7 @@ function shade(x, y, z) { // light and gloss of a surface normal
   return [(0.4 + 0.62 * diffuse) * Math.min(1, 0.55 + 1.6 * z), 107 * gloss];
 }
 const mix = (a, b, t) => a.map((c, k) => c + (b[k] - c) * t);
-const css = (c) => `rgb(${c.map((v) => Math.max(0, Math.min(255, Math.round(v)))).join(",")})`;
+const css = (c) => `rgb(${c.map(Math.round)})`;
 const rgb = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
 function viridis(t) {
   const x = 4 * Math.max(0, Math.min(1, Number.isNaN(t) ? 1 : t)), k = Math.min(3, Math.floor(x));
@@ -146,22 +146,21 @@ function createStore(model) {
     }
     store.fit = store.force = null;
   };
-  store.extents = () => { // fits every frame, except a few that flew apart
+  store.extents = () => { // fits what is laid over and every frame, except a few that flew apart
     if (store.fit) return store.fit;
-    const all = store.panels.flatMap((panel) => panel?.extents ?? []);
+    const all = store.panels.flatMap((panel) => panel?.extents ?? []), over = store.reference;
+    const laid = store.panels.flatMap((panel, p) => (over ? [extent({ ...over, center: panel.frames.at(-1).center }, store.rotation(p))] : []));
     return (store.fit = [0, 1, 2].map((a) => {
       const values = all.map((e) => e[a]), limit = 1.6 * (median(values) ?? 1);
-      return Math.max(1.2, ...values.filter((v) => v <= limit));
+      return Math.max(1.2, ...values.filter((v) => v <= limit), ...laid.map((e) => e[a]));
     }));
   };
-  store.forceMax = () => {
-    const peaks = () => store.panels.flatMap((panel) => Object.values(panel?.frames ?? [])).filter((f) => f.forces).map((f) => f.fmax);
-    return model.get("force_max") ?? (store.force ??= median(peaks()) || 1);
-  };
+  store.forceMax = () => model.get("force_max") ?? (store.force ??=
+    median(store.panels.flatMap((panel) => Object.values(panel?.frames ?? [])).filter((f) => f.forces).map((f) => f.fmax)) || 1);
   store.has = (what) => store.panels.some((panel) => panel?.frames.some((f) => f?.[what]));
   store.go = (index, quiet) => {
     const last = store.total() - 1, frame = Math.max(0, Math.min(last, index));
-    model.set({ frame, follow: frame === last });
+    model.set({ frame, follow: frame >= last });
     if (!quiet) model.save_changes();
     changed();
   };
@@ -304,7 +303,7 @@ function drawMolecule(ctx, frame, colors, camera, options) { // returns the atom
   }));
   for (let [i, j] of bondsOf(frame, options.bonds, options.tables)) {
     if (points[i][2] > points[j][2]) [i, j] = [j, i]; // i is the farther one
-    const a = points[i], b = points[j], d = b.map((c, k) => c - a[k]), length = Math.hypot(...d), u = d.map((c) => c / length);
+    const a = points[i], b = points[j], d = b.map((c, k) => c - a[k]), length = Math.hypot(...d), u = unit(d);
     const point = (s) => a.map((c, k) => c + u[k] * s), middle = length / 2;
     const start = Math.sqrt(frame.ball[i] ** 2 - STICK ** 2), end = length - Math.sqrt(frame.ball[j] ** 2 - STICK ** 2);
     const half = (s, t, color) => {
@@ -380,7 +379,7 @@ function createView(store, model, el) {
   const rotate = (ax, ay) => { camera.rotation = matmul(turn(ax, ay), camera.rotation); invalidate(); };
 
   function listen(panel) {
-    const { canvas } = panel, on = (name, act, options) => canvas.addEventListener(name, act, options);
+    const { canvas } = panel, on = canvas.addEventListener.bind(canvas);
     let last = null, moved = 0;
     const tell = (done) => store.drag({ kind: "drag", panel: panel.p, frame: grab.frame, atom: grab.i, position: grab.to, done });
     on("pointerdown", (event) => {
@@ -554,7 +553,7 @@ function createView(store, model, el) {
   function invalidate() { queued ||= requestAnimationFrame(draw); }
 
   store.views.add(invalidate);
-  const names = "frame playing selected marks color_by arrows force_max title height last_error".split(" ").map((name) => `change:${name}`).join(" ");
+  const names = "frame playing selected marks color_by arrows force_max title height last_error".replace(/\w+/g, "change:$&");
   model.on(names, invalidate);
   const resized = new ResizeObserver(invalidate), themed = new MutationObserver(() => setTimeout(invalidate, 60));
   resized.observe(stage);

@@ -19,6 +19,7 @@ import anywidget
 import numpy as np
 import traitlets
 from numpy.typing import ArrayLike, NDArray
+from PIL import ImageColor
 from torch import Tensor
 
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, MoleculeBatch, atomic_number
@@ -105,9 +106,9 @@ class MoleculeViewer(anywidget.AnyWidget):
         the same movement still rotates.
 
     Two-way traits, which can be observed and set: `frame`, `selected` (an atom or None), `playing`, `follow` (stay on
-    the newest frame), `color_by`, `arrows`, `last_error`. `marks` draws rings in the live view: lists of atoms by CSS
-    colour. Raises ValueError for input that cannot be drawn; positions that are not finite are counted in the view,
-    because a diverging sampler is something to look at.
+    the newest frame), `color_by`, `arrows`, `last_error`. `marks` draws rings: lists of atoms by colour, such as
+    {"#4c8dff": [0, 3]}. Raises ValueError for input that cannot be drawn; positions that are not finite are counted in
+    the view, because a diverging sampler is something to look at.
     """
 
     _esm = Path(__file__).with_name("viewer.js")
@@ -161,7 +162,7 @@ class MoleculeViewer(anywidget.AnyWidget):
             raise ValueError(f"force_max is {force_max}, expected a positive number in eV/Angstrom, or None")
         self._pending: list[tuple[int, int]] = []
         self._next_send = 0.0
-        self._internal = threading.local()  # .on: this thread moves `frame` for the stream or for the browser
+        self._internal = threading.local()  # .who: for whom this thread moves `frame`, "stream" or "browser"
         self._index = index
         self._elements = [atomic_number(e) for e in type_elements]
         self._reference: Frame | None = None
@@ -317,7 +318,7 @@ class MoleculeViewer(anywidget.AnyWidget):
         if "frame" in sync_data:  # a browser may not know yet that frames were cleared
             sync_data = {**sync_data, "frame": max(0, min(sync_data["frame"], self.n_frames - 1))}
         try:
-            with self._internally():
+            with self._internally("browser"):
                 super().set_state(sync_data)
         except Exception as error:
             self._report(error)
@@ -325,7 +326,7 @@ class MoleculeViewer(anywidget.AnyWidget):
 
     def send_state(self, key: str | Iterable[str] | None = None) -> None:
         """Send traits to the browser, except a `frame` that follows the stream: the frames themselves say it."""
-        if key == "frame" and getattr(self._internal, "on", False):
+        if key == "frame" and getattr(self._internal, "who", None) == "stream":
             return
         super().send_state(key)
 
@@ -450,16 +451,17 @@ class MoleculeViewer(anywidget.AnyWidget):
         self.send({"kind": "frames", "counts": self._counts(), "items": headers}, [data])
 
     @contextmanager
-    def _internally(self) -> Iterator[None]:
-        self._internal.on = True
+    def _internally(self, who: str) -> Iterator[None]:
+        before = getattr(self._internal, "who", None)
+        self._internal.who = who
         try:
             yield
         finally:
-            self._internal.on = False
+            self._internal.who = before
 
     def _follow_newest(self) -> None:
         if self.follow and self.n_frames:
-            with self._internally():
+            with self._internally("stream"):
                 self.set_trait("frame", self.n_frames - 1)
 
     def _flush_later(self) -> None:
@@ -481,9 +483,18 @@ class MoleculeViewer(anywidget.AnyWidget):
             raise ValueError(f"frame {proposal['value']} of a viewer with {self.n_frames} frames, counted from 0")
         return proposal["value"]
 
+    @traitlets.validate("marks")
+    def _check_marks(self, proposal: dict[str, Any]) -> dict[str, list[int]]:
+        for color in proposal["value"]:
+            try:
+                ImageColor.getrgb(color)
+            except ValueError:
+                raise ValueError(f"marks: {color!r} is no colour, expected one such as '#ff9d2e' or 'red'") from None
+        return proposal["value"]
+
     @traitlets.observe("frame")
     def _frame_set(self, change: dict[str, Any]) -> None:
-        if not getattr(self._internal, "on", False):
+        if getattr(self._internal, "who", None) is None:
             self.follow = change["new"] == self.n_frames - 1
 
     # ------------------------------------------------------------------ reading the input
@@ -592,7 +603,8 @@ class MoleculeViewer(anywidget.AnyWidget):
             caption = " · ".join(text for text in (name or self.title, frame.label) if text)
             colors = self._colors(frame)
             sticks = None if self._bonds is None else np.array(self._bonds, dtype=int).reshape(-1, 2)
-            drawings.append(Drawing(frame.numbers, frame.positions, colors, rotation, caption, sticks, reference))
+            given = (frame.numbers, frame.positions, colors, rotation, caption, sticks, reference, self.marks)
+            drawings.append(Drawing(*given))
         return drawings
 
     def _colors(self, frame: Frame) -> FloatArray:

@@ -192,6 +192,40 @@ SAME_PIXELS = """(() => {
 })()"""
 
 
+# the colour of what is laid over a molecule is there, and nothing is cut off at the edge
+LAID_OVER = """(() => {
+    const canvas = document.querySelector(".elv canvas"), { width, height } = canvas;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+    let ghosts = 0, cut = 0;
+    for (let y = 0, at = 0; y < height; y++) for (let x = 0; x < width; x++, at += 4) {
+        if (!data[at + 3]) continue;
+        ghosts += data[at + 1] - data[at] > 40;
+        cut += x === 0 || y === 0 || x === width - 1 || y === height - 1;
+    }
+    return ghosts > 300 && cut === 0;
+})()"""
+
+
+def test_a_far_reference_is_in_view_and_a_new_stream_is_followed(notebook):
+    nb = notebook(SETUP, "view = MoleculeViewer([noisy(0.1) for _ in range(30)], height=300)\nview")
+    nb.run_all()
+    nb.wait_for("document.querySelector('.elv')?.dataset.frames === '30'")
+    nb.wait_for("document.querySelector('.elv canvas').width > 300")
+    far = "molecule.with_positions(molecule.positions + torch.tensor([14.0, 9.0, 3.0]))"
+    nb.ask(f"view.overlay({far})")
+    nb.wait_for(LAID_OVER)
+    nb.picture("far_reference")
+
+    # cleared while it plays: the newest frame is followed again
+    nb.ask("view.frame = 0; view.playing = True")
+    nb.wait_for("Number(document.querySelector('.elv').dataset.frame) > 2")
+    nb.ask("view.clear()")
+    nb.expect("print(view.playing)", "False")
+    nb.ask("for k in range(3): view.push(molecule); view.flush()")
+    nb.wait_for("document.querySelector('.elv').dataset.frame === '2'")
+    nb.expect("print(view.frame, view.follow, repr(view.last_error))", "2 True ''")
+
+
 FAILURES = """
 shy = MoleculeViewer([molecule, noisy(0.1), noisy(0.2)], height=200)
 

@@ -4,6 +4,7 @@
 notebooks, so that nothing is executed twice. A cell that tries to leave the machine fails, also when it catches the
 error. Time is a figure to look at and no test: machines differ. Memory is the peak of the kernel and of its worker
 processes that are there at the end of a cell, each at its own peak; `-` where the system has no /proc.
+With pytest-xdist (`-n`) notebooks run side by side, by `--dist loadfile`, since the cells of one share its kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -65,12 +67,25 @@ class Plugin:
                 report.outcome, report.longrepr = "failed", f"the notebook tried the network: {', '.join(attempts)}"
         return report
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A worker of pytest-xdist hands its account to the process that prints."""
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["notebooks"] = [(str(path), use.seconds, use.memory) for path, use in self.used.items()]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Take the account of a worker that is done (one that crashed has none)."""
+        for path, seconds, memory in getattr(node, "workeroutput", {}).get("notebooks", ()):
+            self.used[Path(path)] = Use(0.0, seconds, memory)
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.used:
             return
         terminalreporter.section("notebooks: size, time, memory")
         rows = [
-            (path.stem, path.stat().st_size / 1e3, use.seconds, use.memory / 1e6) for path, use in self.used.items()
+            (path.stem, path.stat().st_size / 1e3, use.seconds, use.memory / 1e6)
+            for path, use in sorted(self.used.items())
         ]
         width = max(len(row[0]) for row in rows)
         terminalreporter.line(f"{'':{width}s}  size kB  seconds  peak MB")

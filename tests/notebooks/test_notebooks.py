@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from tests.notebooks.sources import NOTED, digest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
@@ -33,6 +36,15 @@ def test_there_are_notebooks():
     assert FOLDER / "00_quickstart.ipynb" in NOTEBOOKS
 
 
+def test_a_notebook_asks_checks_and_breaks_what_it_teaches(cells):
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for part in ("**Question.**", "redict", "hat would break it"):
+        assert part in text
+    assert any("NBVAL_CHECK_OUTPUT" in cell.source or "assert " in cell.source for cell in code(cells))
+    assert cells[-1].cell_type == "markdown"
+    assert re.findall(r"^(\d)\. ", cells[-1].source, re.MULTILINE) == ["1", "2", "3"], "three questions at the end"
+
+
 def test_cells_are_short_and_install_nothing(cells):
     for cell in code(cells):
         lines = cell.source.splitlines()
@@ -56,10 +68,28 @@ def test_outputs_are_stored_without_widget_state(path, cells):
         assert not [out for out in cell.outputs if out.output_type == "error"]
 
 
-def test_figures_have_axis_titles(cells):
+def test_stored_outputs_belong_to_the_code(path):
+    notebook = nbformat.read(path, as_version=4)
+    remedy = f"execute and store it (`make notebooks`), then `python -m tests.notebooks.sources notebooks/{path.name}`"
+    assert json.loads(NOTED.read_text()).get(path.stem) == digest(notebook), f"code was changed since: {remedy}"
+
+
+def test_only_code_counts_for_the_outputs():
+    notebook = nbformat.read(FOLDER / "00_quickstart.ipynb", as_version=4)
+    before, first = digest(notebook), code(notebook.cells)[0]
+    notebook.cells[0].source += " More words."
+    first.outputs = []
+    assert digest(notebook) == before
+    first.source += "\n"
+    assert digest(notebook) != before
+
+
+def test_figures_have_axis_titles_and_words(cells):
     for cell in code(cells):
         for output in cell.outputs:
             figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
+            if figure:
+                assert figure["layout"]["meta"]["alt"].strip(), "no alternative text"
             if figure and any(trace["type"].startswith("scatter") for trace in figure["data"]):
                 for axis in ("xaxis", "yaxis"):
                     assert figure["layout"][axis]["title"]["text"], f"no title on the {axis}"

@@ -56,6 +56,7 @@ def output(tmp_path_factory) -> str:
         notebook = new_notebook(cells=[new_code_cell(source.strip()) for source in cells])
         nbformat.write(notebook, folder / f"{name}.ipynb")
     options = ["-p", "tests.notebooks.plugin", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-rA"]
+    options += ["-n", "2", "--dist", "loadfile"]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(folder), str(folder)]
     whole = {**os.environ, "CI": "1"}  # pytest then does not shorten its lines
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=whole)
@@ -85,3 +86,4 @@ def test_the_table_names_size_time_and_memory(output):
 def test_the_block_is_that_of_the_makefile():
     line = next(row for row in (ROOT / "Makefile").read_text().splitlines() if "--nbval-lax" in row)
     assert "-p tests.notebooks.plugin" in line
+    assert "$(SIDE_BY_SIDE)" in line

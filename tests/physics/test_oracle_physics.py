@@ -7,8 +7,10 @@ import pytest
 import torch
 from ase.calculators.emt import EMT
 
+from elign_lab.datasets import load_dataset
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import f_rms, load_oracle
+from elign_lab.oracles.geometries import PERTURBATIONS, perturb
 
 ANI_WEIGHTS = Path(__file__).parents[2].parent / "shared" / "data" / "ani-2x" / "ani-2x_8x"
 needs_ani = pytest.mark.skipif(not ANI_WEIGHTS.is_dir(), reason="the ANI-2x weights are not part of the repository")
@@ -194,6 +196,24 @@ def test_dft_density_fitting_changes_little():
     torch.testing.assert_close(a.forces, b.forces, atol=5e-3, rtol=0)
 
 
+def test_dft_valence_basis_sets_bring_their_core_potentials():
+    """Without them PySCF would put all 18 electrons of HCl into valence orbitals: 2,400 eV off, and not an error."""
+    from pyscf import dft as pyscf_dft
+    from pyscf import gto
+
+    chloride = ([17, 1], [[0.0, 0.0, 0.0], [0.0, 0.0, 1.28]])
+    mole = gto.M(atom=list(zip(*chloride, strict=True)), basis="lanl2dz", ecp={"Cl": "lanl2dz"}, verbose=0)
+    field = pyscf_dft.RKS(mole, xc="svwn")
+    field.grids.level = 0
+    expected = field.kernel() * HARTREE
+    batch = MoleculeBatch.from_arrays([chloride]).to(dtype=torch.float64)
+    with load_oracle("dft", xc="svwn", basis="lanl2dz", grid_level=0, workers=0) as dft:
+        result = dft(batch)
+        formation = dft.formation_energy_per_atom(result.energy, batch.numbers, batch.mask)
+    assert result.energy.item() == pytest.approx(expected, abs=1e-5)
+    assert formation.item() == pytest.approx(-2.3, abs=0.5)  # D_e is 4.6 eV
+
+
 # ---------------------------------------------------------------------- ANI
 @needs_ani
 def test_ani_reads_the_folder_as_torchani_does():
@@ -208,6 +228,39 @@ def test_ani_reads_the_folder_as_torchani_does():
         assert ours.state_dict().keys() == expected.keys()
         for key, value in ours.state_dict().items():
             torch.testing.assert_close(value, expected[key], msg=key)
+
+
+@needs_ani
+def test_ani_equals_torchani_called_directly():
+    from torchani.arch import ANI
+    from torchani.neurochem import load_aev_computer_and_symbols, load_ensemble, load_sae
+
+    aev, symbols = load_aev_computer_and_symbols(ANI_WEIGHTS / "rHCNOSFCl-5.1R_16-3.5A_a8-4.params")
+    networks, energies = load_ensemble(symbols, ANI_WEIGHTS / "train", 8), load_sae(ANI_WEIGHTS / "sae_linfit.dat")
+    reference = ANI(symbols, aev, networks, energies).double()
+    batch = MoleculeBatch.from_arrays([distorted(m).arrays()[0] for m in (WATER, METHYL, HYDROGEN_FLUORIDE)])
+    result = load_oracle("ani", weights=ANI_WEIGHTS, dtype=torch.float64)(batch)
+    for i, (numbers, positions) in enumerate(batch.arrays()):
+        x = torch.tensor(positions)[None].requires_grad_()
+        energy = reference((torch.tensor(numbers)[None], x)).energies
+        (gradient,) = torch.autograd.grad(energy.sum(), x)
+        # torchani keeps its self energies, hundreds of eV, in single precision
+        assert result.energy[i].item() == pytest.approx(energy.item() * HARTREE, abs=5e-4)
+        torch.testing.assert_close(result.forces[i, : len(numbers)], -gradient[0] * HARTREE, atol=1e-5, rtol=0)
+
+
+@needs_ani
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_ani_forces_follow_gfn2_xtb_on_distorted_molecules(noise):
+    data, rng = load_dataset("bundled", split="test"), np.random.default_rng(2)
+    molecules = perturb(data, 40, PERTURBATIONS["minimum"], rng)
+    batch = MoleculeBatch.from_arrays([(z, x + noise * rng.normal(size=x.shape)) for z, x in molecules])
+    with load_oracle("xtb", workers=0) as xtb:
+        theirs = xtb(batch).forces
+    ours = load_oracle("ani", weights=ANI_WEIGHTS)(batch).forces
+    pairs = [(a[m].flatten(), b[m].flatten()) for a, b, m in zip(ours, theirs, batch.mask, strict=True)]
+    # by molecule: in all atoms together one clash of 30 eV/Angstrom would count for more than the rest
+    assert np.median([np.corrcoef(a, b)[0, 1] for a, b in pairs]) > 0.98
 
 
 @needs_ani

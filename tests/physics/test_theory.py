@@ -16,6 +16,7 @@ from elign_lab.checkpoints import load_model
 from elign_lab.datasets import load_dataset
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
+from elign_lab.sampling import ancestral
 from elign_lab.teaching.explore import explore
 from elign_lab.theory import (
     STATEMENTS,
@@ -27,6 +28,7 @@ from elign_lab.theory import (
     points,
     shaping,
     statement,
+    symmetry,
     tilt,
 )
 from elign_lab.theory.alchemical import alchemical_cosines, trained_time
@@ -95,6 +97,23 @@ def test_check_margin_and_verdicts():
         Check(1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="two samples"):
         mean_check(np.ones(1), 1.0)
+
+
+# ---------------------------------------------------------------------- symmetry
+def test_the_law_of_the_bundled_aligned_model_is_invariant():
+    """Rotated noise gives the rotated molecule after a real alignment too, and its types; 12 steps, float64."""
+    model, rotation = load_model("edm-mini-aligned").double(), symmetry.random_rotation(3)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    noise = [model.noise(mask, generator) for _ in range(14)]
+
+    def last(draws):
+        *_, record = ancestral(model, mask, grid=model.schedule.grid(12), noise=iter(draws), decode=False)
+        return record.z_s
+
+    plain, turned = last(noise), last([symmetry.rotated(xi, rotation) for xi in noise])
+    assert float((turned - symmetry.rotated(plain, rotation)).abs().max() / plain.abs().max()) < 1e-8
+    assert float((turned - plain).abs().max() / plain.abs().max()) > 0.1
 
 
 # ---------------------------------------------------------------------- theorem 1
@@ -224,6 +243,8 @@ def test_torsion_input_is_checked():
 def test_weight_share_is_one_for_equal_energies_and_one_sample_for_a_deep_well():
     assert conformers.weight_share(np.zeros(10), 40.0) == pytest.approx(1)
     assert conformers.weight_share(np.array([-5.0] + [0.0] * 9), 40.0) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="got 2, of which 1 are not"):
+        conformers.weight_share(np.array([1.0, np.nan]), 40.0)
 
 
 def test_whole_conformers_lose_more_weight_at_a_lower_temperature():
@@ -382,6 +403,29 @@ def test_position_step_reports_a_failed_geometry():
     two = MoleculeBatch.from_smiles(["C", "O"])
     with pytest.raises(ValueError, match="one molecule"):
         force.position_step(two, PairSprings(), [0.01], beta=1.0)
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_order_of_the_remainder_is_read_off_a_step(order):
+    sigmas = np.array([0.01, 0.02, 0.04])
+    ratio, error = 1 - 5 * sigmas ** (order - 2), np.array([0.001, 0.02, 0.3])
+    step = force.TiltedStep(sigmas, ratio, error, ratio, error, torch.zeros(3, 3), 1)
+    found, spread = force.step_order(step)
+    assert found == pytest.approx(order)
+    assert spread > 0
+    alone = force.TiltedStep(*(values[:1] for values in (sigmas, ratio, error, ratio, error)), torch.zeros(3, 3), 1)
+    with pytest.raises(ValueError, match="two sigmas or more, got 1"):
+        force.step_order(alone)
+
+
+def test_remainder_of_a_molecule_and_a_real_energy_is_of_the_theorems_order_or_better():
+    """Water and GFN2-xTB, at sigmas small enough for the leading order: near 4, and not the 2 of no force."""
+    with load_oracle("xtb", workers=0) as oracle:
+        step = force.position_step(force.WATER, oracle, [0.01, 0.02, 0.03], beta=4.0, pairs=80)
+    order, error = force.step_order(step)
+    assert error < 0.5
+    assert order > 3 - error
+    assert order == pytest.approx(4, abs=3 * error)
 
 
 def test_springs_forces_are_minus_the_gradient():

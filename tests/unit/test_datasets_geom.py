@@ -69,6 +69,14 @@ def test_second_call_reads_the_flat_files(source):
     assert second.passport["conformers"] == 24
 
 
+def test_flat_files_of_another_source_are_not_used(source):
+    write(source, entries(12, 2))
+    load_dataset("geom", split="all", root=source.parent)
+    write(source, entries(5, 2))
+    with pytest.raises(ValueError, match=r"geom_drugs_30 was made from another .*drugs_crude\.msgpack: delete"):
+        load_dataset("geom", split="all", root=source.parent)
+
+
 def test_conformers_of_a_molecule_are_on_one_side(source):
     write(source, entries(60, 3))
     parts = {s: load_dataset("geom", split=s, root=source.parent, seed=4) for s in ("train", "validation", "test")}

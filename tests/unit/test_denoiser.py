@@ -224,11 +224,28 @@ def test_grid_is_a_subset_of_the_full_one():
             schedule.grid(steps)
 
 
+def test_spacing_moves_steps_to_small_times():
+    schedule = NoiseSchedule("polynomial_2", 1000)
+    for spacing, steps in itertools.product((1.0, 1.5, 2.0, 6.0), (1, 7, 100, 600, 1000)):
+        times = schedule.grid(steps, spacing)
+        assert len(times) == steps + 1
+        assert times[-1] == 0
+        assert all(a > b for a, b in itertools.pairwise(times))
+    assert [sum(t < 100 for t in schedule.grid(100, spacing)) for spacing in (1.0, 2.0)] == [10, 32]
+    assert schedule.grid(1000, 2.0) == schedule.grid()
+    times = schedule.grid(40, 2.0)
+    assert times[20] == round(times[0] / 4)
+    for spacing in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"spacing is .*expected 1"):
+            schedule.grid(40, spacing)
+
+
 @pytest.mark.parametrize("name", ["polynomial_2", "cosine"])
-def test_first_step_of_a_coarse_grid_does_not_blow_up_errors(name):
+@pytest.mark.parametrize("spacing", [1.0, 2.0])
+def test_first_step_of_a_coarse_grid_does_not_blow_up_errors(name, spacing):
     schedule = NoiseSchedule(name, 1000)
     for steps in (4, 12, 20, 50, 100):
-        first, second = schedule.grid(steps)[:2]
-        later = round((first + 1) * (steps - 1) / steps)
+        first, second = schedule.grid(steps, spacing)[:2]
+        later = round((first + 1) * ((steps - 1) / steps) ** spacing)
         assert 1 / schedule.transition(first, second).alpha_ts <= FIRST_STEP
         assert 1 / schedule.transition(first + 1, later).alpha_ts > FIRST_STEP

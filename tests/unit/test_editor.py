@@ -470,6 +470,8 @@ def test_the_drawing_shows_picked_and_frozen_atoms():
     frozen = editing.freeze(editing.pick_only(plain, [0, 1]))
     some = editing.pick_only(frozen, [1, 8])  # 8 is a hydrogen: drawn because it is picked
     assert (count(some, panels.FROZEN), count(some, panels.PICKED)) == (1, 2)
+    closed = editing.forbid(frozen, 1.0, frozen.structure.molecule.positions[0, 2].tolist())  # around the oxygen
+    assert (count(closed, panels.FORBIDDEN), count(closed, panels.PICKED)) == (1, 2)
     assert "2 atoms picked, 2 frozen" in panels.depiction(some.structure)
     assert "currentColor" in panels.depiction(plain.structure)
 
@@ -698,6 +700,31 @@ def test_a_run_that_diverges_leaves_the_structure(editor, monkeypatch):
         editor.live.wait(120)
     assert editor.state is state
     assert "diverged" in editor.live.last_error
+    assert torch.equal(editor.viewer.molecules()[0].positions, state.structure.molecule.positions)
+
+
+def test_a_run_that_is_stopped_shows_the_structure_that_is_kept(editor, monkeypatch):
+    shown = threading.Event()
+    go_on = threading.Event()
+
+    def held(*arguments):
+        for k, record in enumerate(regenerate(*arguments)):
+            if k == 1:
+                shown.set()
+                assert go_on.wait(120)
+            yield record
+
+    monkeypatch.setattr(panels, "regenerate", held)
+    state, measured = editor.state, editor._measures.value
+    editor.start()
+    assert shown.wait(120)
+    assert editor._measures.value != measured
+    editor.live.stop()
+    go_on.set()
+    assert editor.live.wait(120).status == "stopped"
+    assert editor.state is state
+    assert torch.equal(editor.viewer.molecules()[0].positions, state.structure.molecule.positions)
+    assert editor._measures.value == measured
 
 
 def test_pages_without_widgets_show_the_drawing(editor):

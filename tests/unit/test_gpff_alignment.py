@@ -269,7 +269,11 @@ def test_command(model, tmp_path, capsys):
     assert "model.safetensors" in capsys.readouterr().out
     assert load_force_field(tmp_path / "run" / "model.safetensors").config == model.config
     assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 1
-    for field, message in (("sampler=heun", "no policy, because it is deterministic"), ("steps=9", "skip_prefix must")):
+    for field, message in (
+        ("sampler=heun", "no policy, because it is deterministic"),
+        ("steps=9", "skip_prefix must"),
+        ("spacing=2", "of a denoiser's grid"),
+    ):
         assert main([*command[:-1], str(tmp_path / "other"), "--set", field]) == 2
         assert message in capsys.readouterr().err
     assert main([*command, "--preset", "other"]) == 2

@@ -207,6 +207,9 @@ def test_same_seed_same_structures_and_equivariance_of_relaxation(untrained, eth
         ({"evaluations": 0}, "evaluations must be"),
         ({"sigma": 11.0}, "outside the model's range"),
         ({"compositions": "C2H5O"}, "odd number"),
+        ({"compositions": "CH6"}, "7 atoms with 5 bonds among them at most, and one molecule needs 6"),
+        ({"compositions": [[1, 1, 1, 1]]}, "take out hydrogen"),
+        ({"compositions": [6, 1, 1, 1, 1]}, "a list of atomic numbers for each"),
         ({"compositions": "C2H6S"}, "not trained on"),
         ({"compositions": "Xx2"}, "unknown element"),
         ({"compositions": "H"}, "2 or more"),
@@ -227,6 +230,9 @@ def test_wrong_requests_are_refused(untrained, arguments, message):
 def test_wrong_starts_are_refused(untrained, ethanol):
     with pytest.raises(ValueError, match="adaptive"):
         generate(untrained, start=ethanol, sampler="heun")
+    grown = replace_group(MoleculeBatch.from_smiles("C"), [1], ["O", "H"])
+    with pytest.raises(ValueError, match="molecule 0 of the start has two atoms at one place"):
+        generate(untrained, start=grown.start, constraints=grown.constraints, sampler="adaptive_heun")
     with pytest.raises(ValueError, match="the start says"):
         generate(untrained, start=ethanol, compositions="CH4")
     with pytest.raises(ValueError, match="need a start"):
@@ -237,6 +243,8 @@ def test_wrong_starts_are_refused(untrained, ethanol):
 def test_formulas():
     assert parse_formula("C2H6O") == (6, 6, 8, 1, 1, 1, 1, 1, 1)
     assert formula_of(parse_formula("CH3F")) == "CH3F"
+    for formula in ("H2", "CO", "O3", "HNO3", "CH4O", "SF6"):  # charges within a molecule do not matter
+        assert len(parse_formula(formula)) >= 2
     data = load_dataset("bundled", split="validation")
     counts = composition_counts(data)
     assert sum(count for _, count in counts) == len(data)
@@ -325,6 +333,23 @@ def test_a_distant_region_does_not_change_the_noise_level(ethanol):
     free = task_of(model, ethanol).estimate(x).sigma_hat
     bounded = task_of(model, ethanol, constraints=Constraints(ethanol.positions[0], forbidden=(far,))).estimate(x)
     torch.testing.assert_close(bounded.sigma_hat, free)
+
+
+def test_a_molecule_stays_where_it_is_beside_a_region(untrained, ethanol):
+    """A force has no mean: what noise moved as a whole, nothing would bring back to the region."""
+    far = Sphere((100.0, 0.0, 0.0), 1.0)
+    start = ethanol.with_positions(ethanol.positions + 2.0)
+    limits = Constraints(start.positions[0], forbidden=(far,))
+    found = generate(untrained, 4, start=start, sigma=10.0, constraints=limits, evaluations=4)
+    torch.testing.assert_close(found.positions.mean(1), torch.full((4, 3), 2.0), rtol=0, atol=1e-4)
+
+
+def test_constraints_that_a_run_could_not_keep_are_told(untrained, ethanol, monkeypatch):
+    limits = Constraints.keep_distances(ethanol.positions[0], [(0, 1), (1, 2), (0, 2)])
+    options = {"start": ethanol, "sigma": 5.0, "constraints": limits, "evaluations": 2}
+    monkeypatch.setattr("elign_lab.gpff.constraints.SWEEPS", 1)
+    with pytest.warns(UserWarning, match="3 of 3 structures break a constraint, by up to"):
+        generate(untrained, 3, **options)
 
 
 @pytest.mark.parametrize("radius", [1.2, 1.5, 3.0])

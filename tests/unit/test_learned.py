@@ -16,7 +16,7 @@ from scipy.spatial.distance import pdist
 from elign_lab.datasets import load_dataset
 from elign_lab.denoiser import Denoiser, DenoiserConfig
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.oracles import Oracle, geometries, learned
+from elign_lab.oracles import Oracle, geometries, learned, load_oracle
 from elign_lab.oracles._evaluation import Evaluation
 from elign_lab.oracles.fit import FitConfig, errors, fit_oracle
 from elign_lab.oracles.geometries import PERTURBATIONS, perturb
@@ -364,6 +364,33 @@ def test_make_labels_keeps_finished_parts(tmp_path):
     np.testing.assert_array_equal(second.subset(second.kind != "descent").energy, first.energy)
     with pytest.raises(ValueError, match="another oracle, split or plan"):
         make_labels(oracle, tmp_path, plan=replace(plan, seed=1), progress=False)
+
+
+EMPTY = LabelPlan(**dict.fromkeys((*PERTURBATIONS, "variations", "descents"), 0))
+
+
+def test_labels_of_another_method_are_not_taken_for_these(tmp_path):
+    plan = replace(EMPTY, minimum=2)
+    first = make_labels(load_oracle("xtb", workers=0), tmp_path / "a", plan=plan, progress=False)
+    # neither another number of workers nor a cache is another method
+    cached = load_oracle("xtb", workers=1, cache=tmp_path / "cache.sqlite")
+    again = make_labels(cached, tmp_path / "a", plan=plan, progress=False)
+    np.testing.assert_array_equal(first.energy, again.energy)
+    with pytest.raises(ValueError, match="another oracle, split or plan"):
+        make_labels(load_oracle("xtb", workers=0, method="GFN1-xTB"), tmp_path / "a", plan=plan, progress=False)
+    network = EnergyModel(EnergyConfig(network=NETWORK))
+    make_labels(LearnedOracle(network), tmp_path / "b", plan=plan, progress=False)
+    with torch.no_grad():
+        next(network.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match="another oracle, split or plan"):
+        make_labels(LearnedOracle(network), tmp_path / "b", plan=plan, progress=False)
+
+
+def test_a_kind_that_is_not_planned_is_left_out(tmp_path):
+    plan = replace(EMPTY, edited=3, samples=2, clean_per_sample=1, generation_steps=10, max_force_broken=1e9)
+    model = GaussianDenoiser(DenoiserConfig(features=8, layers=1, timesteps=50, size_histogram=((3, 1), (5, 2))))
+    labels = make_labels(Pairs(), tmp_path, plan=plan, models=[model], improve=Pairs(), progress=False)
+    assert set(labels.counts()) == {"edited", "sample", "clean"}
 
 
 class GaussianDenoiser(Denoiser):

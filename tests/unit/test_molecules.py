@@ -115,6 +115,46 @@ def test_from_arrays_names_the_molecule():
         MoleculeBatch.from_arrays([WATER, ([6.7, 8.0], np.zeros((2, 3)))])
 
 
+@pytest.mark.parametrize(
+    ("numbers", "positions"),
+    [
+        (["C", "O"], CARBON_MONOXIDE[1]),
+        ([6, None], CARBON_MONOXIDE[1]),
+        ([6, np.inf], CARBON_MONOXIDE[1]),
+        ([6, 8], None),
+        ([6, 8], [[0.0, 0, 0], [0.0, 1.1]]),
+        ([6, 8], CARBON_MONOXIDE[1] + 0j),
+    ],
+)
+def test_what_is_not_a_molecule_is_named(numbers, positions):
+    with pytest.raises(ValueError, match="molecule 1: "):
+        MoleculeBatch.from_arrays([WATER, (numbers, positions)])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "positions"),
+    [
+        (np.array([6, 8], np.uint16), CARBON_MONOXIDE[1]),
+        (np.array([6, 8], ">i4"), CARBON_MONOXIDE[1].astype(">f8")),
+        (np.array([8, 6])[::-1], CARBON_MONOXIDE[1][::-1][::-1]),
+        (torch.tensor([6, 8]), torch.tensor(CARBON_MONOXIDE[1], requires_grad=True)),
+    ],
+    ids=["unsigned", "byte order", "strides", "gradient"],
+)
+def test_every_array_of_numbers_is_read(numbers, positions):
+    found = MoleculeBatch.from_arrays([(numbers, positions)])
+    assert_same(found, MoleculeBatch.from_arrays([CARBON_MONOXIDE]), 0)
+    assert found.positions.dtype == torch.float64
+
+
+def test_arrays_are_copied_and_may_be_read_only(recwarn):
+    z, x = np.array(CARBON_MONOXIDE[0]), CARBON_MONOXIDE[1].copy()
+    x.setflags(write=False)
+    MoleculeBatch.from_arrays([(z, x)]).positions.add_(1.0)
+    np.testing.assert_array_equal(x, CARBON_MONOXIDE[1])
+    assert not recwarn.list
+
+
 def test_precision_is_kept():
     assert MoleculeBatch.from_arrays([WATER]).positions.dtype == torch.float64
     assert MoleculeBatch.from_arrays([(WATER[0], WATER[1].astype(np.float32))]).positions.dtype == torch.float32
@@ -200,7 +240,8 @@ def test_xyz_of_qm9_with_its_exponents():
         ("2\n\nO 0 0 0\n", "2 atoms announced, 1 lines found"),
         ("1\n\nXx 0 0 0\n", "unknown element 'Xx'"),
         ("1\n\nO 0 0 zero\n", "could not convert"),
-        ("1\n\nO 0 0\n", "molecule 0"),
+        ("1\n\nO 0 0\n", "molecule 0 .line 1.: atom 0 has fewer than three coordinates: 'O 0 0'"),
+        ("2\n\nO 0 0 0\nO 0 0\n", "atom 1 has fewer than three coordinates"),
         ("1\n\nO 0 0 nan\n", "position is"),
         ("\n\n", "no molecule"),
         ("-2\n\n", "at least one atom, got -2"),

@@ -1,8 +1,10 @@
 """What the oracles have in common: options, registry, answers of backends, derived numbers; and what one alone has."""
 
 import importlib.util
+import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ase.calculators.lj import LennardJones
 from elign_lab.benchmarks.oracles import alkane
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import ORACLES, Oracle, clip_forces, f_rms, load_oracle
+from elign_lab.oracles._network import unreachable
 from elign_lab.oracles.protocol import Evaluation
 from elign_lab.testing import assert_failed
 
@@ -67,6 +70,7 @@ def test_xtb_does_two_hundred_atoms():
         ("dft", {"chunk_size": 4}, "unexpected keyword argument 'chunk_size'; expected xc, .* atom_energies$"),
         ("ani", {"weights": "/does/not/exist"}, "no ANI-2x weights at /does/not/exist"),
         ("ani", {"batch_size": 0}, "batch_size must be at least 1"),
+        ("ani", {"max_uncertainty": 0.0}, "max_uncertainty must be positive"),
     ],
 )
 def test_wrong_options_are_named(name, options, message):
@@ -243,7 +247,7 @@ def test_ani_without_weights_and_network_says_where_they_are(monkeypatch, tmp_pa
     monkeypatch.setenv("TORCHANI_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     assert "weights are not here yet" in ORACLES["ani"].available()[1]
-    with pytest.raises(ValueError, match=r"cannot be reached \(no network\).*github.com/aiqm/ani-model-zoo"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(no network\).*github.com/aiqm/ani-model-zoo"):
         load_oracle("ani")
     assert not any(tmp_path.iterdir())
 
@@ -279,3 +283,38 @@ def test_ani_uncertainty_is_the_deviation_of_the_members():
     assert torch.isnan(result.uncertainty).tolist() == [False, True, False]
     # the radical is not in the training set, water is
     assert result.uncertainty[2] > result.uncertainty[0] > 0
+
+
+@needs_ani
+def test_ani_may_refuse_what_its_members_disagree_about():
+    batch = batch_of(WATER, HYDROGEN)  # H2 is outside the training set
+    free = load_oracle("ani", weights=ANI_WEIGHTS)
+    gated = load_oracle("ani", weights=ANI_WEIGHTS, max_uncertainty=0.1)
+    assert free(batch).ok.all()
+    result = gated(batch)
+    assert_failed(result, 1, 2, "eV per atom, over the limit of 0.1 (max_uncertainty)")
+    assert result.status[0] == "ok"
+    assert result.uncertainty[1].isnan()
+    assert free.identity() != gated.identity()  # a cache must not give the one the other's answer
+
+
+# ---------------------------------------------------------------------- network
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(b"HTTP/1.1 404 no\r\nContent-Length: 0\r\n\r\n", ""), (b"garbage\r\n", "garbage")]
+)
+def test_a_server_that_answers_anything_in_http_is_reachable(answer, reason):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert unreachable(f"http://127.0.0.1:{server.getsockname()[1]}") == reason
+
+
+def test_what_is_no_address_is_said(recwarn):
+    assert "unknown url type" in unreachable("hub.example.org")
+    assert not recwarn.list  # of an exception in the thread

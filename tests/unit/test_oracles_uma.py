@@ -10,6 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -422,8 +423,9 @@ def hub(outside, monkeypatch):
         (401, {"X-Error-Code": "RepoNotFound"}, b"", "access", "is not there for this account"),
         (404, {"X-Error-Code": "EntryNotFound"}, b"", "download", "checkpoints/uma-m-1p1.pt is not in facebook/UMA"),
         (200, {}, b"<html>log in here</html>", "network", "a proxy or a login page"),
+        (400, {}, b"", "download", "try again later"),
     ],
-    ids=["no token", "not granted", "no repository", "no file", "login page"],
+    ids=["no token", "not granted", "no repository", "no file", "login page", "another error"],
 )
 def test_what_hugging_face_answers(hub, monkeypatch, status, headers, body, reason, text):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
@@ -440,6 +442,27 @@ def test_a_token_without_access_is_told_so(hub, monkeypatch):
     assert reason == "access"
     assert "your token has no access to it" in text
     assert "hf_secret" not in text
+
+
+def test_a_server_that_is_down_is_not_asked_for_the_file(hub):
+    """huggingface_hub would ask again for 23 s."""
+    hub.answers = lambda _: (503, {}, b"")
+    reason, text = reason_of()
+    assert (reason, "HTTP Error 503" in text) == ("network", True)
+
+
+def test_a_disk_that_refuses_the_weights_and_a_line_that_breaks(hub, monkeypatch):
+    def fails_with(error):
+        def download(**_):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        return reason_of()
+
+    reason, text = fails_with(OSError(28, "No space left on device"))
+    assert (reason, "could not be kept in" in text, "No space left" in text) == ("cache", True, True)
+    reason, text = fails_with(httpx.ReadError("connection reset"))
+    assert (reason, "try again" in text) == ("network", True)
 
 
 @fairchem

@@ -18,6 +18,7 @@ from elign_lab.alignment.trainer import OracleFailureError
 from elign_lab.evaluation import smiles, stability
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Evaluation, Oracle
+from elign_lab.training import load_state
 from elign_lab.widgets import AlignmentDashboard, DFTCheck, OracleComparison, RewardInspector, SamplingPanel
 from elign_lab.widgets.panels import comparison, dashboard, dft_check, dragging, inspector, sampling
 from elign_lab.widgets.panels.base import Chart, Panel, badge, move_marks, number
@@ -208,6 +209,15 @@ def test_trace_figure(trace):
     )
 
 
+def test_an_estimate_that_was_refused_has_no_forces(model, oracle):
+    panel = RewardInspector(model, Moody(oracle, lambda n: {8} if n == 32 else ()), SMALL, size=18, seed=4)
+    assert panel.trace.status[2][0] == "in a bad mood"
+    forces = [frame.forces for frame in panel.viewer._trajectories[0]]
+    assert np.isnan(forces[2]).all(), "unknown, and not zero"
+    assert np.isfinite(forces[3]).all()
+    assert len(panel.viewer.to_png()) > 100
+
+
 # ---------------------------------------------------------------------- sampling
 def test_sampling_panel_gives_the_molecules_of_sample(model):
     panel = SamplingPanel({"edm-mini": model}, n=4, steps=6)
@@ -333,6 +343,27 @@ def test_dashboard_shows_the_failure_of_a_run(model, oracle):
         AlignmentDashboard(model, oracle, TINY, gallery=40)
 
 
+def test_a_run_that_fails_keeps_its_last_good_checkpoint(model, oracle, tmp_path, monkeypatch):
+    panel = AlignmentDashboard(model, oracle, replace(TINY, checkpoint_every=2), out=tmp_path / "run", gallery=0)
+    good = panel.trainer.step
+
+    def step():
+        done = good()
+        if panel.trainer.iteration == 3:
+            panel.trainer.policy.requires_grad_(False)
+            for p in panel.trainer.policy.parameters():
+                p.fill_(math.nan)
+            raise RuntimeError("diverged")
+        return done
+
+    monkeypatch.setattr(panel.trainer, "step", step)
+    with pytest.raises(RuntimeError, match="diverged"):
+        panel.start().wait(60)
+    saved = load_state(tmp_path / "run" / "checkpoint.pt")
+    assert saved["iteration"] == 2
+    assert all(bool(value.isfinite().all()) for value in saved["policy"].values())
+
+
 def test_learning_curves_hold_every_metric_that_was_logged():
     rows = [
         {"iteration": i, "reward_force": -4 + i, "reward_energy": 5.0, "kl": 0.1, "clip_fraction": 0.2} for i in (0, 1)
@@ -392,6 +423,15 @@ def test_scan_forces_are_the_slope_of_the_energy(oracle):
     figure = comparison.scan_figure(found, 10)
     assert [trace.name for trace in figure.data] == ["learned", "learned", "xtb", "xtb"]
     assert figure.layout.shapes[0].x0 == pytest.approx(found.values[10])
+
+
+def test_a_point_that_was_refused_has_no_forces():
+    panel = OracleComparison("C=O", {"learned": load_oracle("learned", min_distance=0.9)})
+    refused = [k for k, status in enumerate(panel.scan.status["learned"]) if status != "ok"]
+    assert refused
+    frames = panel.viewer._trajectories[0]
+    for k, frame in enumerate(frames):
+        assert bool(np.isnan(frame.forces).all()) == (k in refused), "unknown, and not zero"
 
 
 def test_oracle_comparison_panel(oracle):

@@ -16,6 +16,7 @@ from elign_lab.sampling import (
     ancestral,
     decode_record,
     draw_sizes,
+    get_sampler,
     mask_of_sizes,
     noise_stream,
     sample,
@@ -143,6 +144,17 @@ def test_bad_requests(trained):
         sample(plain, 2)
     with pytest.raises(ValueError, match="ends at t = 0"):
         list(ancestral(plain, mask_of_sizes([3]), grid=[10, 5]))
+
+
+def test_spacing_reaches_every_sampler(trained):
+    _, model = trained
+    sizes = [5, 5, 5]
+    for sampler in ("ancestral", "dpm_solver"):
+        found = sample(model, 3, sizes=sizes, steps=12, spacing=2.0, seed=4, sampler=sampler)
+        mask, generator = mask_of_sizes(sizes), torch.Generator().manual_seed(4)
+        grid = model.schedule.grid(12, 2.0)
+        *_, last = get_sampler(sampler)(model, mask, grid=grid, noise=noise_stream(model, mask, generator))
+        torch.testing.assert_close(found.positions, decode_record(model, last).positions)
 
 
 def test_record_type(trained):

@@ -1,4 +1,4 @@
-"""The figure of the notebooks."""
+"""The figure of the notebooks, and the sliders over it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from IPython.utils.capture import capture_output
 
 from elign_lab.teaching import Figure
+from elign_lab.teaching.explore import explore
 
 
 def test_a_figure_shows_itself_with_its_alternative_text(monkeypatch):
@@ -34,3 +35,32 @@ def test_a_figure_without_words_is_refused(name):
     words = {"x": "t", "y": "energy (eV)", "alt": "A line.", name: " "}
     with pytest.raises(ValueError, match=f"{name} is empty"):
         Figure(**words)
+
+
+def test_sliders_draw_the_figure_again_and_show_what_went_wrong():
+    def draw(power: int, scale: float) -> Figure:
+        if scale == 2.0:
+            raise ArithmeticError("no <figure> for 2")
+        return Figure(x="x", y="y", alt=f"x to the {power}. " + "Words. " * 30).add_scatter(x=[2], y=[scale * 2**power])
+
+    shown = explore(draw, power=(2, 1, 4, 1), scale=(1.0, 0.0, 2.0, 0.5))
+    power, scale, *_ = shown.children
+    assert shown.chart.figure.data[0].y == (4.0,)
+    power.value = 3
+    assert shown.chart.figure.data[0].y == (8.0,)
+    bundle = shown._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert data["text/plain"].startswith("Figure with sliders for power, scale: x to the 3. Words.")
+    assert len(data["text/plain"]) > 200
+    scale.value = 2.0
+    assert shown.last_error == "ArithmeticError: no <figure> for 2"
+    assert "no &lt;figure&gt; for 2" in shown.children[-1].value
+    assert shown.chart.figure.data[0].y == (8.0,)
+    scale.value = 0.5
+    assert (shown.last_error, shown.children[-1].value, shown.chart.figure.data[0].y) == ("", "", (4.0,))
+
+
+@pytest.mark.parametrize("values", [(1, 2, 3, 1), (1, 0, 2, 0), (1, 0, 2)])
+def test_a_range_that_is_none_is_refused(values):
+    with pytest.raises(ValueError, match="expected \\(first value"):
+        explore(lambda beta: None, beta=values)

@@ -27,6 +27,7 @@ from elign_lab.alignment import (
 )
 from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.sampling import sample
 from elign_lab.testing import SpringOracle
 from elign_lab.training import read_json_lines, warmup_cosine, warmup_hold_decay
 
@@ -238,6 +239,16 @@ def test_ablations_of_the_energy_signal(signal_name):
         assert step.metrics["oracle_molecules"] == 6
     else:
         assert not torch.equal(to_go[:, 0], to_go[:, -1])
+
+
+def test_spacing_is_that_of_rollouts_and_of_the_evaluation_set():
+    trainer = Trainer(make(), SpringOracle(), replace(CONFIG, spacing=2.0))
+    grid = trainer.policy.schedule.grid(CONFIG.steps, 2.0)
+    assert trainer.roll_out(0).times == tuple(grid[CONFIG.skip_prefix :])
+    expected = sample(make(), CONFIG.evaluate_n, steps=CONFIG.steps, spacing=2.0, seed=CONFIG.seed)
+    torch.testing.assert_close(trainer.evaluation_set().positions, expected.positions)
+    with pytest.raises(ValueError, match=r"AlignConfig.spacing = 0.5"):
+        replace(CONFIG, spacing=0.5)
 
 
 def test_subset_of_the_pairs_holds_whole_groups():

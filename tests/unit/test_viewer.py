@@ -180,6 +180,16 @@ def test_the_browser_moves_the_frame(path):
     assert v.frame == 3, "a browser that does not know of a clear() is not an error"
 
 
+def test_a_callback_may_move_the_frame_on_and_the_browser_hears_it(path):
+    v = MoleculeViewer(path)
+    sent = []
+    v._send = lambda message, buffers=None: sent.append(message)
+    v.observe(lambda change: v.set_trait("frame", change["new"] // 2 * 2), "frame")  # even frames only
+    v.set_state({"frame": 3})
+    assert v.frame == 2
+    assert {"frame": 2} in [m["state"] for m in sent if m["method"] == "update"]
+
+
 def test_an_error_of_a_callback_is_kept_and_raised(path):
     v = MoleculeViewer(path)
 
@@ -347,6 +357,36 @@ def test_the_picture_follows_frame_colour_and_reference(path):
     assert len({first, last, by_force, v.to_png()}) == 4
 
 
+def test_the_picture_has_the_rings_of_the_view(molecules):
+    v = MoleculeViewer(molecules[0])
+
+    def blue() -> np.ndarray:
+        image = np.asarray(Image.open(io.BytesIO(v.to_png())).convert("RGBA")).astype(int)
+        return np.argwhere((image[..., 2] - image[..., 0] > 120) & (image[..., 3] > 200))
+
+    assert len(blue()) == 0
+    v.marks = {"#2060ff": [0, 99]}  # a frame may have fewer atoms
+    one = blue()
+    v.marks = {"#2060ff": [0, 1]}
+    assert len(blue()) > 1.7 * len(one) > 0
+    middle = (one.min(0) + one.max(0)) / 2
+    radii = np.linalg.norm(one - middle, axis=1)
+    assert radii.max() - radii.min() < 8, "a ring, and round"
+    with pytest.raises(ValueError, match="marks: 'no colour' is no colour, expected one such as"):
+        v.marks = {"no colour": [0]}
+
+
+def test_the_picture_fits_what_is_laid_over(molecules):
+    far = molecules[0].with_positions(molecules[0].positions + torch.tensor([14.0, 9.0, 3.0]))
+    v = MoleculeViewer(molecules[0])
+    v.overlay(far)
+    image = np.asarray(Image.open(io.BytesIO(v.to_png())).convert("RGBA")).astype(int)
+    green = (image[..., 3] > 60) & (image[..., 1] - image[..., 0] > 40)
+    assert green.sum() > 300, "the reference is in the picture"
+    edge = np.concatenate([image[0, :, 3], image[-1, :, 3], image[:, 0, 3], image[:, -1, 3]])
+    assert edge.max() == 0, "and nothing of it is cut off"
+
+
 def test_a_picture_seen_along_a_bond_is_finite():
     carbon = static.Drawing(np.array([6, 6]), np.array([[0, 0, 0.7], [0, 0, -0.7]]), np.full((2, 3), 0.5), np.eye(3))
     image = Image.open(io.BytesIO(static.render_png([carbon], width=100, height=80, columns=1)))
@@ -511,6 +551,17 @@ def test_live_pauses_resumes_and_stops():
     assert live.wait(10).status == "stopped"
     assert closed.is_set(), "the generator was closed on its own thread"
     assert not live.running
+
+
+def test_a_start_right_after_a_stop_is_not_lost():
+    live = Live(lambda: (time.sleep(0.01) for _ in range(5000))).start()
+    _until(lambda: live.n_done > 3)
+    live.stop()
+    live.start()  # the first run has not ended yet
+    _until(lambda: live.n_done > 6)
+    assert live.status == "running"
+    live.stop()
+    assert live.wait(10).status == "stopped"
 
 
 @pytest.mark.parametrize("where", ["iterable", "on_item", "start"])

@@ -318,7 +318,7 @@ class OracleComparison(Panel):
         self.viewer = MoleculeViewer(
             dict.fromkeys(names, found.molecules),
             labels=dict.fromkeys(names, labels),
-            forces={name: list(torch.nan_to_num(found.forces[name])) for name in names},
+            forces={name: list(found.forces[name]) for name in names},
             arrows=True,
             height=280,
         )

@@ -148,9 +148,15 @@ class AlignmentDashboard(Panel):
                 if self.viewer is not None:
                     self._push_gallery()
                 yield iteration.metrics
-        finally:  # also when it is stopped
-            if self.trainer.iteration % self.config.checkpoint_every:
-                self.trainer.save()
+        except GeneratorExit:  # stopped
+            self._save()
+            raise
+        self._save()
+
+    def _save(self) -> None:
+        """A checkpoint of where the run ends, unless it fails: then the last good one is kept."""
+        if self.trainer.iteration % self.config.checkpoint_every:
+            self.trainer.save()
 
     def _draw(self) -> None:
         self.chart.draw(dashboard_figure(self.rows, self._channels))
@@ -161,6 +167,7 @@ class AlignmentDashboard(Panel):
             return
         done = self.trainer.iteration
         label = f"after {done}" if done else "base"
-        molecules = sample(self.trainer.policy, self._gallery, steps=self.config.steps, seed=self.config.seed)
+        c = self.config
+        molecules = sample(self.trainer.policy, self._gallery, steps=c.steps, spacing=c.spacing, seed=c.seed)
         for i in range(self._gallery):
             self.viewer.push(molecules[i], label=f"{label}: {molecules.formula(i)}", panel=i)

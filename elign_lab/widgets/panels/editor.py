@@ -93,7 +93,7 @@ def inside_regions(structure: Structure) -> list[int]:
 
 
 def depiction(structure: Structure, width: int = 340, height: int = 230) -> str:
-    """An SVG of the bonds with atom indices, picked and frozen atoms in colour; of hydrogens only the picked ones."""
+    """An SVG of the bonds with atom indices, marked atoms in colour; of hydrogens only the picked ones."""
     mol = Mol(structure.mol)
     for atom in mol.GetAtoms():
         atom.SetProp("atomNote", str(atom.GetIdx()))
@@ -102,12 +102,13 @@ def depiction(structure: Structure, width: int = 340, height: int = 230) -> str:
     keep_mapped = RemoveHsParameters()
     keep_mapped.removeMapped = False  # type: ignore[assignment]  # RDKit's stubs have no setters
     mol = RemoveHs(mol, keep_mapped)
+    marks = _marks(structure)
     colors = {}
     for atom in mol.GetAtoms():
         atom.SetAtomMapNum(0)
-        index = int(atom.GetProp("atomNote"))
-        if index in structure.picked or index in structure.frozen:
-            colors[atom.GetIdx()] = _rgba(PICKED if index in structure.picked else FROZEN)
+        for color, atoms in marks.items():  # the last one counts, as in the viewer
+            if int(atom.GetProp("atomNote")) in atoms:
+                colors[atom.GetIdx()] = _rgba(color)
     Compute2DCoords(mol)
     drawer = MolDraw2DSVG(width, height)
     options = drawer.drawOptions()
@@ -165,6 +166,15 @@ def change_text(before: EditorState, after: EditorState) -> str:
 
 def _regions(count: int) -> str:
     return f"{count} forbidden region{'s' if count > 1 else ''}"
+
+
+def _marks(structure: Structure) -> dict[str, list[int]]:
+    """Atoms by the colour that shows what they are."""
+    return {
+        FORBIDDEN: inside_regions(structure),
+        FROZEN: sorted(structure.frozen),
+        PICKED: sorted(structure.picked),
+    }
 
 
 def _rgba(color: str) -> tuple[float, ...]:
@@ -467,11 +477,7 @@ class MoleculeEditor(Panel):
 
     def _changed_picks(self) -> None:
         structure = self.state.structure
-        self.viewer.marks = {
-            FORBIDDEN: inside_regions(structure),
-            FROZEN: sorted(structure.frozen),
-            PICKED: sorted(structure.picked),
-        }
+        self.viewer.marks = _marks(structure)
         self._drawing.value = depiction(structure)
         self._write_picks()
 
@@ -486,13 +492,19 @@ class MoleculeEditor(Panel):
         self._message.value = ""
         result, evaluations = before.structure.molecule, 0
         clock = time.perf_counter()
-        for record in regenerate(self._model, before.structure, self.settings):
-            seconds += time.perf_counter() - clock
-            result, evaluations = record.molecules(), record.evaluations
-            yield record
-            clock = time.perf_counter()  # what is shown and judged in between is not computing
-        self.viewer.flush()
-        self.state = accept(before, result)
+        try:
+            for record in regenerate(self._model, before.structure, self.settings):
+                seconds += time.perf_counter() - clock
+                result, evaluations = record.molecules(), record.evaluations
+                yield record
+                clock = time.perf_counter()  # what is shown and judged in between is not computing
+            self.viewer.flush()
+            self.state = accept(before, result)
+        except BaseException:  # stopped, or failed: the structure is the one of before, and that is shown last
+            kept = before.structure.molecule
+            self.viewer.push(kept, label="kept")
+            self._judge(kept)
+            raise
         self._changed_state()
         self._message.value = escape(
             f"{change_text(before, self.state)}; NFE {evaluations}, {1000 * seconds:.0f} ms of computing"

@@ -9,7 +9,6 @@ from typing import Any
 
 import ipywidgets
 import plotly.graph_objects as go
-import torch
 from plotly.subplots import make_subplots
 
 from elign_lab.alignment.config import AlignConfig, cpu_mini
@@ -215,7 +214,7 @@ class RewardInspector(Panel):
         i, trace = self.member, self.trace
         frames = [batch[i] for batch in trace.clean]
         labels = [f"step {k}, t = {t}" for k, t in enumerate(trace.rollouts.times[:-1])]
-        forces = [torch.nan_to_num(f[i]) for f in trace.forces]
+        forces = [f[i] for f in trace.forces]
         self.viewer = MoleculeViewer(frames, title="clean estimate", labels=labels, forces=forces, height=320)
         self.viewer.frame = step
         self.viewer.observe(self._step_chosen, "frame")
