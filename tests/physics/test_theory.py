@@ -505,7 +505,7 @@ def test_every_figure_has_axis_titles_and_alternative_text():
 
 def test_sliders_redraw_the_figure():
     panel = explore(figures.tilt_figure, beta=(1.0, 0.0, 6.0, 0.25), slope=(0.5, -1.0, 1.0, 0.1))
-    beta, slope, chart = panel.children
+    beta, slope, chart, _ = panel.children  # and an error, when there is one
     assert "beta = 1:" in chart.figure.layout.title.text
     beta.value = 2.0
     assert "beta = 2:" in chart.figure.layout.title.text

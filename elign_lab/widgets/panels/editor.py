@@ -503,6 +503,7 @@ class MoleculeEditor(Panel):
         except BaseException:  # stopped, or failed: the structure is the one of before, and that is shown last
             kept = before.structure.molecule
             self.viewer.push(kept, label="kept")
+            self.viewer.flush()
             self._judge(kept)
             raise
         self._changed_state()
