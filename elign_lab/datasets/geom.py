@@ -56,10 +56,10 @@ def load_geom(
     if max_conformers < 1:
         raise ValueError(f"max_conformers must be 1 or more, got {max_conformers}")
     folder = Path(root) / f"geom_drugs_{max_conformers}"
-    if not folder.is_dir():
-        convert(Path(root) / SOURCE, folder, max_conformers)
-    data = _open(folder)
     source = Path(root) / SOURCE
+    if not folder.is_dir():
+        convert(source, folder, max_conformers)
+    data = _open(folder)
     if source.is_file() and source.stat().st_size != data.passport["source_bytes"]:
         raise ValueError(f"{folder} was made from another {source}: delete the folder, it is made again")
     if split == "all":

@@ -125,6 +125,7 @@ class NoiseSchedule:
 
 
 def _spaced(first: int, k: int, steps: int, spacing: float) -> int:
+    # k / steps is rounded, and where the time is near a half that would move some of the even grid
     return round(first * k / steps) if spacing == 1 else round(first * (k / steps) ** spacing)
 
 
