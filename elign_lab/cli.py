@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,7 +261,7 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the oracle, for example method=GFN1-xTB; may be repeated",
+        help="an option of the oracle, for example method=GFN1-xTB, or cache=FILE to keep its answers; may be repeated",
     )
 
 
@@ -606,10 +607,12 @@ def _model(name: str, device: str | None) -> Any:
     return load_model(name, device=device)
 
 
-def _oracle(arguments: argparse.Namespace) -> Oracle:
+@contextmanager
+def _oracle(arguments: argparse.Namespace) -> Iterator[Oracle]:
+    """The oracle that the options name; closed at the end, with a word on its cache where it has one."""
     import ast
 
-    from elign_lab.oracles import load_oracle
+    from elign_lab.oracles import CachedOracle, load_oracle
 
     options = {}
     for assignment in arguments.oracle_option:
@@ -620,7 +623,10 @@ def _oracle(arguments: argparse.Namespace) -> Oracle:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             options[key] = text
-    return load_oracle(arguments.oracle, **options)
+    with load_oracle(arguments.oracle, **options) as oracle:
+        yield oracle
+        if isinstance(oracle, CachedOracle):
+            print(f"{oracle.path}: {oracle.hits} molecules answered from it, {oracle.misses} new", file=sys.stderr)
 
 
 def _sample_and_evaluate(model: Any, oracle: Oracle, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from elign_lab.muon import MuonAdamW
 
 # fields of a configuration that do not change the numbers of a step
 _LENGTH_AND_LOGGING = ("steps", "decay", "log_every", "validate_every", "checkpoint_every", "root")
@@ -75,6 +77,28 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
+
+
+OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float, float], Optimizer]] = {
+    "adam": lambda parameters, rate, decay: torch.optim.Adam(parameters, lr=rate, weight_decay=decay),
+    # EDM's choice
+    "adamw": lambda parameters, rate, decay: torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, amsgrad=True),
+    "muon": MuonAdamW,
+}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError for an unknown optimiser."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+
+
+def make_optimizer(
+    name: str, parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float = 0.0
+) -> Optimizer:
+    """An optimiser by its name in OPTIMIZERS; 'muon' steps biases, inputs and outputs by AdamW (muon.MuonAdamW)."""
+    check_optimizer(name)
+    return OPTIMIZERS[name](parameters, learning_rate, weight_decay)
 
 
 def save_run(

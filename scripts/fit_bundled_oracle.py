@@ -1,14 +1,14 @@
 """Make the bundled force field: labels by GFN2-xTB, two fits with a round of active learning between, and the passport.
 
-    python scripts/fit_bundled_oracle.py labels --out runs/oracle --model elign_lab/assets/edm-mini.safetensors
+    python scripts/fit_bundled_oracle.py labels --out runs/oracle --model edm-mini --model edm-mini-aligned
     torchrun --nproc-per-node 2 scripts/fit_bundled_oracle.py first --out runs/oracle
     python scripts/fit_bundled_oracle.py improve --out runs/oracle
     torchrun --nproc-per-node 2 scripts/fit_bundled_oracle.py final --out runs/oracle
-    python scripts/fit_bundled_oracle.py test --out runs/oracle --model elign_lab/assets/edm-mini.safetensors
+    python scripts/fit_bundled_oracle.py test --out runs/oracle --model edm-mini --model edm-mini-aligned
     python scripts/fit_bundled_oracle.py pack --out runs/oracle
 
-Each command goes on where it was stopped. `--model` may be given several times (files, or folders in the public EDM
-format). Labels take about 15 ms of one core each, a training step of 64 molecules 0.2 s of one core.
+Each command goes on where it was stopped. `--model` may be given several times (names, files, or folders in the public
+EDM format). Labels take about 15 ms of one core each, a training step of 64 molecules 0.2 s of one core.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SAMPLE_REPEATS = 3  # samples of diffusion models are few, and what the oracle i
 HELD_OUT = 800  # labels of the training molecules that only the log sees
 TEST_NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)  # Angstrom
 TEST_MOLECULES, TEST_SAMPLES, TEST_SEED = 300, 128, 1000
-FIRST = FitConfig(steps=2_400)
-FINAL = FitConfig(steps=3_600, learning_rate=1.5e-3, seed=1)
+FIRST = FitConfig(steps=1_500, optimizer="muon", learning_rate=8e-3)
+FINAL = FitConfig(steps=6_000, optimizer="muon", learning_rate=8e-3, seed=1)
 
 
 def training_parts(labels: LabelSet) -> tuple[LabelSet, LabelSet]:
@@ -68,7 +68,9 @@ def make_test_labels(folder: Path, models: list[str]) -> None:
         f"noise {sigma:g}": [(z, x + sigma * rng.normal(size=x.shape)) for z, x in chosen] for sigma in TEST_NOISE
     }
     for i, path in enumerate(models):
-        for kind, molecules in generate(load_model(path), TEST_SAMPLES, 2, steps=100, seed=TEST_SEED + i).items():
+        for kind, molecules in generate(
+            load_model(path), TEST_SAMPLES, 2, steps=100, spacing=2.0, seed=TEST_SEED + i
+        ).items():
             geometries[f"{kind} {i}"] = molecules
     with load_oracle("xtb") as xtb:
         label(xtb, geometries, max_force=LabelPlan().max_force_broken).save(folder / "test.npz")

@@ -18,7 +18,6 @@ from elign_lab.denoiser.diffusion import Denoiser, DenoiserConfig
 from elign_lab.denoiser.egnn import EGNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.muon import MuonAdamW
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
@@ -27,14 +26,15 @@ from elign_lab.training import (
     StopRequest,
     any_process,
     average_gradients,
+    check_optimizer,
     clip_gradients,
+    make_optimizer,
     resume_run,
     save_run,
     step_generator,
     warmup_hold_decay,
 )
 
-OPTIMIZERS = ("adamw", "muon")
 EARLY = 0.3  # of the steps: where samples are won or lost (docs/runs.md, 2026-11-21)
 
 
@@ -48,7 +48,7 @@ class PretrainConfig:
     root: str | None = None  # folder of QM9 or GEOM-Drugs
     steps: int = 100_000
     batch_size: int = 64  # over all processes
-    optimizer: str = "adamw"  # or 'muon': AdamW for biases, inputs and outputs only (muon.MuonAdamW)
+    optimizer: str = "adamw"  # a name in training.OPTIMIZERS
     early_share: float = 0.0  # of the molecules: their time is drawn from the first 30 % of the steps, not from all
     learning_rate: float = 1e-3
     warmup: int = 500
@@ -65,8 +65,7 @@ class PretrainConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        check_optimizer(self.optimizer)
         if not 0 <= self.early_share <= 1:
             raise ValueError(f"early_share must lie between 0 and 1, got {self.early_share}")
 
@@ -126,7 +125,7 @@ def pretrain(
     elif config.bfloat16 or config.compile:
         raise ValueError("bfloat16 and compile need the equivariant network, which this model does not have")
     parameters = list(model.parameters())
-    optimizer = _optimizer(parameters, config)
+    optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, config.weight_decay)
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
     step, seconds = 0, 0.0
     if (out / "checkpoint.pt").exists():
@@ -182,12 +181,6 @@ def pretrain(
     checkpoint()
     ema.swap(parameters)
     return model.eval()
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], config: PretrainConfig) -> Optimizer:
-    if config.optimizer == "muon":
-        return MuonAdamW(parameters, config.learning_rate, config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True)
 
 
 def _train_step(

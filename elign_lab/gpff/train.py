@@ -36,10 +36,13 @@ from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
     LossWatch,
+    Optimizer,
     StopRequest,
     any_process,
     average_gradients,
+    check_optimizer,
     clip_gradients,
+    make_optimizer,
     resume_run,
     save_run,
     step_generator,
@@ -62,6 +65,7 @@ class TrainConfig:
     root: str | None = None  # folder of QM9 or GEOM-Drugs
     steps: int = 60_000
     batch_size: int = 64  # over all processes
+    optimizer: str = "adam"  # a name in training.OPTIMIZERS
     learning_rate: float = 2e-3
     warmup: int = 500
     decay: int = 15_000  # steps of the linear decay at the end
@@ -75,6 +79,9 @@ class TrainConfig:
     log_every: int = 100
     validate_every: int = 1_000
     checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
 
 
 def gpff_mini() -> TrainConfig:
@@ -117,7 +124,7 @@ def train(
         model = PseudoForceField(replace(config.model, compositions=composition_counts(data)))
     model = model.to(accelerator.device)
     parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate)
     ema = ExponentialMovingAverage(parameters, config.ema_decay)
     step, seconds = 0, 0.0
     if (out / "checkpoint.pt").exists():
@@ -219,7 +226,7 @@ def _train_step(
     step: int,
     config: TrainConfig,
     accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: Sequence[Tensor],
     curve: DecadeMeans,
 ) -> Tensor:

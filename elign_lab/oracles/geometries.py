@@ -175,22 +175,23 @@ def generate(
     clean_per_sample: int,
     *,
     steps: int,
+    spacing: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, list[Molecule]]:
     """n samples of a diffusion model ("sample"), and `clean_per_sample` late clean estimates of each ("clean").
 
-    Those at t <= 0.35 T, with their own types. What is not finite is left out.
+    Those at t <= 0.35 T, with their own types. steps, spacing: see NoiseSchedule.grid. What is not finite is left out.
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator(model.device).manual_seed(seed)
-    sizes = draw_sizes(model, n, seed)
+    sizes, grid = draw_sizes(model, n, seed), model.schedule.grid(steps, spacing)
     found: dict[str, list[Molecule]] = {"sample": [], "clean": []}
     for chunk in tqdm(torch.argsort(sizes).split(batch_size), desc="generating", unit="batch", disable=not progress):
         mask = mask_of_sizes(sizes[chunk]).to(model.device)
         late = []
-        for record in ancestral(model, mask, steps=steps, generator=generator):
+        for record in ancestral(model, mask, grid=grid, generator=generator):
             if record.s >= 0 and record.t <= CLEAN_FRACTION * model.config.timesteps:
                 late.append(record)
         found["sample"] += decode_record(model, record).arrays()

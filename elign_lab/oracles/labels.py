@@ -179,11 +179,12 @@ class LabelPlan:
     contact: int = 2_500
     fragment: int = 2_500
     diatomic: int = 1_000
-    samples: int = 640  # of each diffusion model
+    samples: int = 1_280  # of each diffusion model
     clean_per_sample: int = 5
     variations: int = 4_000  # of the samples
     descents: int = 1_500
     generation_steps: int = 50
+    generation_spacing: float = 2.0  # as the rollouts of alignment that ask the oracle, see NoiseSchedule.grid
     # eV/Angstrom; molecules with a larger force on an atom are left out. Clashes and generated ones may have more: the
     # potential of FED-GRPO is asked about exactly those, and two in five clean estimates have a force above 50
     max_force: float = 50.0
@@ -229,8 +230,15 @@ def make_labels(
         return {kind: perturb(source, getattr(plan, kind), PERTURBATIONS[kind], rng)}
 
     def generated(index: int) -> Mapping[str, Sequence[Molecule]]:
-        seed, steps = plan.seed + index, plan.generation_steps
-        return generate(models[index], plan.samples, plan.clean_per_sample, steps=steps, seed=seed, progress=progress)
+        return generate(
+            models[index],
+            plan.samples,
+            plan.clean_per_sample,
+            steps=plan.generation_steps,
+            spacing=plan.generation_spacing,
+            seed=plan.seed + index,
+            progress=progress,
+        )
 
     wanted = [(k, kind) for k, kind in enumerate(PERTURBATIONS) if getattr(plan, kind)]
     parts = [

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from elign_lab.checkpoints import ASSETS, verify_asset
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import Oracle
 from elign_lab.theory.check import Check
@@ -83,28 +85,46 @@ class EnergyError:
         return {name: beta_for(total, getattr(self, name)) for name in ("uniform", "ninety", "half")}
 
 
+def bundled_ani_energies() -> FloatArray:
+    """Formation energies per atom by ANI-2x (eV/atom) of the bundled test split's MMFF94 geometries, in its order.
+
+    NaN where ANI-2x gave no answer. scripts/make_ani_energies.py computed them. Raises ValueError for a damaged file.
+    """
+    path = ASSETS / "ani-2x-energies.npz"
+    verify_asset(path)
+    with np.load(path) as archive:
+        return archive["formation_energy_per_atom"]
+
+
 def energy_difference(
-    first: Oracle, second: Oracle, molecules: MoleculeBatch, *, fit_references: bool = False
+    first: Oracle, second: Oracle | FloatArray, molecules: MoleculeBatch, *, fit_references: bool = False
 ) -> FloatArray:
     """Formation energy per atom of `first` less that of `second` (eV/atom), for the molecules that both can judge.
 
-    fit_references: subtract the best constant for each element, by least squares. Two levels of theory differ most in
-    their energies of isolated atoms; the rest is what they disagree on between molecules of one composition. Raises
-    ValueError when there is no molecule that both could judge.
+    second: an oracle, or its formation energies per atom (B,), with NaN where it had no answer. fit_references:
+    subtract the best constant for each element, by least squares. Two levels of theory differ most in their energies of
+    isolated atoms; the rest is what they disagree on between molecules of one composition. Raises ValueError for
+    another number of energies, and when there is no molecule that both could judge.
     """
-    energies, ok = [], np.ones(len(molecules), dtype=bool)
-    for oracle in (first, second):
-        result = oracle(molecules)
-        energies.append(oracle.formation_energy_per_atom(result.energy, molecules.numbers, molecules.mask))
-        ok &= result.ok.numpy()
+    energies = [_formation_energies(e, molecules) if isinstance(e, Oracle) else np.asarray(e) for e in (first, second)]
+    if energies[1].shape != (len(molecules),):
+        raise ValueError(f"expected {len(molecules)} energies, one a molecule, got shape {energies[1].shape}")
+    difference = energies[0] - energies[1]
+    ok = np.isfinite(difference)
     if not ok.any():
-        raise ValueError(f"{first.name} and {second.name} have no molecule in common that both could evaluate")
-    difference = (energies[0] - energies[1]).double().numpy()[ok]
+        raise ValueError("there is no molecule that both could evaluate")
+    difference = difference[ok]
     if not fit_references:
         return difference
     numbers, mask = molecules.numbers.numpy()[ok], molecules.mask.numpy()[ok]
     shares = np.stack([((numbers == z) & mask).sum(1) for z in np.unique(numbers[mask])], 1) / mask.sum(1)[:, None]
     return difference - shares @ np.linalg.lstsq(shares, difference, rcond=None)[0]
+
+
+def _formation_energies(oracle: Oracle, molecules: MoleculeBatch) -> FloatArray:
+    result = oracle(molecules)
+    energy = oracle.formation_energy_per_atom(result.energy, molecules.numbers, molecules.mask)
+    return torch.where(result.ok, energy.double(), torch.nan).numpy()
 
 
 # ---------------------------------------------------------------------- statements

@@ -199,10 +199,13 @@ def test_dragging_an_atom(notebook):
     _both_themes(nb, "oracle_drag")
 
     # beside the atoms the mouse rotates
+    canvas = nb.page.locator(".elp .elv canvas").first
+    corner = {"x": 8, "y": canvas.bounding_box()["height"] - 70}
+    canvas.hover(position=corner)  # waits until the themes have settled and the canvas takes the pointer
+    box = canvas.bounding_box()
     before = nb.page.evaluate("() => document.querySelector('.elp .elv canvas').toDataURL()")
-    box = nb.page.locator(".elp .elv canvas").first.bounding_box()
     count = nb.ask("print(len(drags))")
-    _pull(nb, box["x"] + 8, box["y"] + box["height"] - 70, 70, 20)
+    _pull(nb, box["x"] + corner["x"], box["y"] + corner["y"], 70, 20)
     nb.page.mouse.up()
     nb.page.wait_for_function("(b) => document.querySelector('.elp .elv canvas').toDataURL() !== b", arg=before)
     nb.expect("print(len(drags))", count)

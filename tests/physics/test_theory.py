@@ -289,6 +289,37 @@ def test_energy_error_orders_its_quantiles_and_allows_more_beta_for_the_smaller(
     assert math.tanh(betas["uniform"] * found.uniform) == pytest.approx(0.1)
 
 
+def test_an_energy_error_needs_one_energy_for_each_molecule():
+    molecules, learned = MoleculeBatch.from_smiles(["CCO", "CC=O", "CN"]), load_oracle("learned")
+    own = learned.formation_energy_per_atom(learned(molecules).energy, molecules.numbers, molecules.mask).numpy()
+    given = np.where([True, False, True], own - 0.25, np.nan)
+    assert error_bound.energy_difference(learned, given, molecules) == pytest.approx([0.25, 0.25], abs=1e-6)
+    with pytest.raises(ValueError, match="expected 3 energies"):
+        error_bound.energy_difference(learned, given[:2], molecules)
+    with pytest.raises(ValueError, match="no molecule that both"):
+        error_bound.energy_difference(learned, np.full(3, np.nan), molecules)
+
+
+def test_bundled_ani_energies_are_energies_of_the_test_split():
+    """Right order and units: with each element's own energy taken out, ANI-2x agrees with the bundled force field."""
+    test = load_dataset("bundled", split="test", geometry="mmff94")
+    energies, chosen = error_bound.bundled_ani_energies(), np.arange(0, len(test), len(test) // 60)
+    assert energies.shape == (len(test),)
+    molecules, learned = test.batch(chosen), load_oracle("learned")
+    found = error_bound.energy_difference(learned, energies[chosen], molecules, fit_references=True)
+    shuffled = error_bound.energy_difference(learned, energies[chosen][::-1], molecules, fit_references=True)
+    assert error_bound.EnergyError.of(found).half < 0.03 < error_bound.EnergyError.of(shuffled).half
+
+
+@needs_ani
+def test_bundled_ani_energies_can_be_computed_again():
+    test = load_dataset("bundled", split="test", geometry="mmff94")
+    chosen, ani = np.arange(0, len(test), len(test) // 10), load_oracle("ani", weights=ANI_WEIGHTS)
+    molecules = test.batch(chosen)
+    energy = ani.formation_energy_per_atom(ani(molecules).energy, molecules.numbers, molecules.mask)
+    assert energy.numpy() == pytest.approx(error_bound.bundled_ani_energies()[chosen], abs=1e-5)
+
+
 @needs_ani
 def test_learned_oracle_is_closer_to_its_teacher_than_to_another_level_of_theory():
     """The real eps of theorem 2: against GFN2-xTB, which labelled the training data, and against ANI-2x."""

@@ -120,6 +120,19 @@ def test_unknown_names(model_file, tmp_path, capsys):
         assert "expected a whole number of at least" in capsys.readouterr().err
 
 
+def test_a_cache_of_answers_says_what_it_saved(model_file, energy_file, tmp_path, capsys):
+    path = tmp_path / "answers.sqlite"
+    oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}", "--oracle-option", f"cache={path}"]
+    command = ["evaluate", "--model", model_file, "--n", "4", "--steps", "5", *oracle, "--json"]
+    found = []
+    for said in (f"{path}: 0 molecules answered from it, 4 new", f"{path}: 4 molecules answered from it, 0 new"):
+        assert main(command) == 0
+        out, err = capsys.readouterr()
+        assert said in err
+        found.append(json.loads(out))
+    assert found[0] == found[1]
+
+
 def test_a_mistake_is_found_before_the_sampling(model_file, energy_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("elign_lab.sampling.sample", lambda *_, **__: pytest.fail("sampled first"))
     oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}"]

@@ -450,8 +450,9 @@ def test_errors_are_those_of_the_oracle(pair_labels, model):
     assert found["molecules"] == 12
 
 
-def test_a_stopped_run_resumes_to_the_same_numbers(pair_labels, tmp_path):
-    config = replace(CONFIG, steps=16, checkpoint_every=8, log_every=4)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_stopped_run_resumes_to_the_same_numbers(pair_labels, tmp_path, optimizer):
+    config = replace(CONFIG, optimizer=optimizer, steps=16, checkpoint_every=8, log_every=4)
     whole = fit_oracle(config, pair_labels, tmp_path / "whole", atom_energies=CHARGE, progress=False)
     # stops after one step, as no time is left
     fit_oracle(config, pair_labels, tmp_path / "cut", atom_energies=CHARGE, max_seconds=0, progress=False)
@@ -465,6 +466,17 @@ def test_a_stopped_run_resumes_to_the_same_numbers(pair_labels, tmp_path):
     changed = replace(config, learning_rate=1e-4)
     with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
         fit_oracle(changed, pair_labels, tmp_path / "cut", atom_energies=CHARGE, progress=False)
+
+
+def test_a_run_of_before_there_was_a_choice_of_optimizers_goes_on(pair_labels, tmp_path):
+    config = replace(CONFIG, steps=2)
+    fit_oracle(config, pair_labels, tmp_path, atom_energies=CHARGE, progress=False)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["config"]["optimizer"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    fit_oracle(config, pair_labels, tmp_path, atom_energies=CHARGE, progress=False)
+    with pytest.raises(ValueError, match=r"other settings \(optimizer\)"):
+        fit_oracle(replace(config, optimizer="muon"), pair_labels, tmp_path, atom_energies=CHARGE, progress=False)
 
 
 def test_a_fit_can_start_from_a_model(pair_labels, model, tmp_path):

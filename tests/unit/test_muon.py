@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.denoiser.pretrain import PretrainConfig
+from elign_lab.gpff.train import TrainConfig
 from elign_lab.muon import Muon, MuonAdamW, orthogonal_factor
+from elign_lab.oracles.fit import FitConfig
+from elign_lab.training import OPTIMIZERS
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 90), (90, 40), (64, 80)])
@@ -84,3 +88,11 @@ def test_bad_input():
         Muon([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
     with pytest.raises(ValueError, match="more than 8"):
         MuonAdamW([torch.nn.Parameter(torch.zeros(4, 40))], lr=0.1)
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, FitConfig, TrainConfig])
+def test_every_training_knows_the_optimizers_by_name(config):
+    for name in OPTIMIZERS:
+        assert config(optimizer=name).optimizer == name
+    with pytest.raises(ValueError, match="optimizer must be one of adam, adamw, muon, got 'sgd'"):
+        config(optimizer="sgd")

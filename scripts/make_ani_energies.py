@@ -1,0 +1,45 @@
+"""ANI-2x formation energies of the bundled test split (MMFF94 geometries), for the epsilon of theorem 2 in notebook 13.
+
+python scripts/make_ani_energies.py --weights FOLDER      (needs torchani; see load_oracle("ani"))
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from elign_lab.checkpoints import ASSETS, write_passport
+from elign_lab.datasets import load_dataset
+from elign_lab.oracles import load_oracle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="the weights of ANI-2x")
+    options = parser.parse_args()
+    test = load_dataset("bundled", split="test", geometry="mmff94")
+    molecules = test.batch(np.arange(len(test)))
+    with load_oracle("ani", weights=options.weights) as ani:
+        result = ani(molecules)
+        energy = ani.formation_energy_per_atom(result.energy, molecules.numbers, molecules.mask)
+    path = ASSETS / "ani-2x-energies.npz"
+    np.savez_compressed(path, formation_energy_per_atom=energy.double().numpy())
+    write_passport(
+        path,
+        kind="reference energies",
+        molecules=len(test),
+        not_evaluated=int((~result.ok).sum()),
+        unit="eV/atom, NaN where ANI-2x gave no answer",
+        method="ANI-2x (Devereux et al., J. Chem. Theory Comput. 16, 4192, 2020), mean of its 8 networks, by torchani",
+        geometries="test split of the bundled set, MMFF94",
+        command="python scripts/make_ani_energies.py --weights FOLDER",
+        versions={name: version(name) for name in ("torch", "torchani")},
+        licence="MIT",
+    )
+
+
+if __name__ == "__main__":
+    main()
