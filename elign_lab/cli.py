@@ -8,6 +8,7 @@ so that --help is fast.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -29,9 +30,14 @@ Command = Callable[[argparse.Namespace], int]
 
 ERROR, INTERRUPTED = 2, 130
 
+_SAMPLE_RESUME = "only the batches that were finished, if any, were written"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that the terminal's encoding lacks must not lose a result
     arguments = _parser().parse_args(argv)
     interrupts: list[int] = []
     restore = _on_interrupt(interrupts)
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if arguments.debug:
             raise
         print(f"elign-lab: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -141,7 +147,7 @@ def _add_training(commands: Any) -> None:
     p.add_argument("--start", metavar="FILE", help="a learned oracle whose weights the training begins with")
     _add_out(p, "folder of the run and of the labels; an existing run is continued")
     p.add_argument("--steps", type=_positive, help="optimiser steps of the whole run")
-    p.add_argument("--max-minutes", type=float, help="stop the training with a checkpoint after this time")
+    p.add_argument("--max-minutes", type=_minutes, help="stop the training with a checkpoint after this time")
     p.add_argument(
         "--plan",
         action="append",
@@ -153,7 +159,7 @@ def _add_training(commands: Any) -> None:
 
 
 def _add_judging(commands: Any) -> None:
-    p = _command(commands, "sample", _sample, "generate molecules", "the finished batches were written")
+    p = _command(commands, "sample", _sample, "generate molecules", _SAMPLE_RESUME)
     _add_model(p)
     _add_sampling(p)
     p.add_argument("--sizes", type=_integers, help="atoms of each molecule: one number for all, or n, as in 9,12")
@@ -190,7 +196,7 @@ def _add_gpff(commands: Any) -> None:
     _add_alignment(p)
     _add_set(p, "ForceAlignConfig, for example steps=16")
 
-    p = _command(commands, "sample", _gpff_sample, "generate structures", "the finished batches were written")
+    p = _command(commands, "sample", _gpff_sample, "generate structures", _SAMPLE_RESUME)
     _add_gpff_model(p)
     p.add_argument("--n", type=_positive, help="number of structures (default: 64, or one for each composition)")
     p.add_argument(
@@ -233,7 +239,7 @@ def _add_run_on_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", type=_positive, help="molecules a step, over all processes")
     p.add_argument("--dataset", help="bundled, qm9 or geom")
     p.add_argument("--root", type=Path, help="folder with the files of qm9 or geom")
-    p.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    p.add_argument("--max-minutes", type=_minutes, help="stop with a checkpoint after this time")
 
 
 def _add_gpff_model(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +298,16 @@ def _positive(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _at_least(0, text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes, 0 or more, got {text!r}")
+    return value
 
 
 def _at_least(least: int, text: str) -> int:
@@ -382,7 +398,8 @@ def _give(target: Path, content: bytes) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from elign_lab.demo import DemoConfig, run_demo
 
-    result = run_demo(arguments.out, DemoConfig(model=arguments.model, preference=arguments.oracle))
+    with _oracle_failures():
+        result = run_demo(arguments.out, DemoConfig(model=arguments.model, preference=arguments.oracle))
     print(result.text())
     return 0
 
@@ -563,19 +580,25 @@ def _run_alignment(
     load: Callable[[], object],
 ) -> int:
     """Start or continue an alignment of the model that `load` reads, with the options of `_add_alignment`."""
-    from elign_lab.alignment import OracleFailureError
-
     config = _preset(presets, arguments.preset)
     if arguments.iterations is not None:
         config = override(config, [f"iterations={arguments.iterations}"])
     config = override(config, arguments.set)
-    with _oracle(arguments) as oracle:
-        try:
-            run(load(), oracle, config, out=arguments.out)
-        except OracleFailureError as error:
-            raise ValueError(str(error)) from error
+    with _oracle(arguments) as oracle, _oracle_failures():
+        run(load(), oracle, config, out=arguments.out)
     _print_run(arguments.out)
     return 0
+
+
+@contextmanager
+def _oracle_failures() -> Iterator[None]:
+    """An oracle that fails too often stops an alignment: an error in one line, as for wrong input."""
+    from elign_lab.alignment import OracleFailureError
+
+    try:
+        yield
+    except OracleFailureError as error:
+        raise ValueError(str(error)) from error
 
 
 def _give_molecules(molecules: Any, path: Path | None) -> int:

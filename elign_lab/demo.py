@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,6 +102,9 @@ def describe(comparison: Comparison) -> str:
     parts = []
     for key, name, unit in (("f_rms_median", "force RMS", "eV/Å"), ("energy_per_atom_median", "energy", "eV per atom")):
         change = comparison.differences[key]
+        if not math.isfinite(change.value):
+            parts.append(f"median {name} is unknown, the oracle judged no molecule of one of the sets")
+            continue
         parts.append(f"median {name} {_direction(change)} ({change.value:+.2f} {unit})")
     return f"After alignment: {', '.join(parts)}"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
 MAX_ATOMIC_NUMBER = 118
+_QM9_COMMENT_WORDS = 17  # "gdb", the number of the molecule, 15 properties
 
 
 def symbol(number: int) -> str:
@@ -34,9 +35,10 @@ def symbol(number: int) -> str:
 def atomic_number(element: str | int) -> int:
     """Atomic number of a chemical symbol (or of a number, which is checked)."""
     if isinstance(element, str) and not element.isdigit():
-        if element.capitalize() not in atomic_numbers:
+        number = atomic_numbers.get(element.capitalize(), 0)
+        if number == 0:  # ASE has X, for no element, as number 0
             raise ValueError(f"unknown element {element!r}: expected a chemical symbol such as 'C' or 'Cl'")
-        return atomic_numbers[element.capitalize()]
+        return number
     number = int(element)
     symbol(number)
     return number
@@ -286,7 +288,10 @@ class MoleculeBatch:
                 molecules.append(([atomic_number(row[0]) for row in rows], np.array(x)))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
+            comment = lines[at + 1].split()
             at += n + 2
+            if comment[:1] == ["gdb"] and len(comment) == _QM9_COMMENT_WORDS:
+                at += 3  # QM9's files go on with frequencies, SMILES and InChI
         if not molecules:
             raise ValueError(f"no molecule in xyz input {_name(source)}")
         return cls.from_arrays(molecules)

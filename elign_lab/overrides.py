@@ -46,6 +46,8 @@ def _parsed(text: str, kind: Any, assignment: str) -> Any:
         value = text
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     plain = tuple(get_origin(a) or a for a in allowed)
+    if str in plain and not isinstance(value, plain):
+        value = text  # a folder may be called 2024
     if float in plain and isinstance(value, int) and not isinstance(value, bool) and int not in plain:
         value = float(value)
     # a bool is an int in Python, but 'steps=True' is a mistake

@@ -35,7 +35,7 @@ HELD_OUT = 800  # labels of the training molecules that only the log sees
 TEST_NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)  # Angstrom
 TEST_MOLECULES, TEST_SAMPLES, TEST_SEED = 300, 128, 1000
 FIRST = FitConfig(steps=1_500, optimizer="muon", learning_rate=8e-3)
-FINAL = FitConfig(steps=6_000, optimizer="muon", learning_rate=8e-3, seed=1)
+FINAL = FitConfig(steps=4_000, optimizer="muon", learning_rate=3e-3, seed=1)
 
 
 def training_parts(labels: LabelSet) -> tuple[LabelSet, LabelSet]:

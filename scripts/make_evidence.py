@@ -20,13 +20,19 @@ from elign_lab import load_model, load_oracle
 from elign_lab.checkpoints import ASSETS, read_passport, write_passport
 from elign_lab.evaluation.evidence import EVIDENCE, collect
 
-PACKAGES = ("torch", "numpy", "tblite", "pyscf", "torchani")
+PACKAGES = {"learned": "torch", "xtb": "tblite", "dft": "pyscf", "ani": "torchani"}
+METHODS = {
+    "learned": "oracle-mini",
+    "xtb": "GFN2-xTB",
+    "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF",
+    "ani": "ANI-2x",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["edm-mini", "edm-mini-aligned"])
-    parser.add_argument("--oracles", nargs="+", default=["learned", "xtb", "ani", "dft"])
+    parser.add_argument("--oracles", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--steps", type=int, help="diffusion steps (default: all)")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,21 +53,19 @@ def main() -> None:
     for model, oracle in itertools.product(arguments.models, arguments.oracles):
         print(f"{oracle} of {model}: {evidence.failures(model, oracle)} failures", file=sys.stderr)
     evidence.save(arguments.out)
-    command = f"python scripts/make_evidence.py --n {arguments.n} --seed {arguments.seed}"
+    command = f"python scripts/make_evidence.py --models {' '.join(arguments.models)} --oracles "
+    command += f"{' '.join(arguments.oracles)} --n {arguments.n} --seed {arguments.seed}"
     write_passport(
         arguments.out,
         kind="evidence",
         description="Samples of the base and the aligned model, same seeds, judged by several oracles",
         command=command + (f" --steps {arguments.steps}" if arguments.steps else ""),
         models={name: read_passport(ASSETS / f"{name}.safetensors")["sha256"] for name in arguments.models},
-        methods={
-            "xtb": "GFN2-xTB",
-            "ani": "ANI-2x",
-            "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF",
-            "learned": "oracle-mini",
-        },
+        methods={name: METHODS[name] for name in arguments.oracles},
         seed=arguments.seed,
-        versions={name: metadata.version(name) for name in PACKAGES},
+        versions={
+            name: metadata.version(name) for name in ("torch", *(PACKAGES[oracle] for oracle in arguments.oracles))
+        },
         date=datetime.now(UTC).date().isoformat(),
         licence="MIT",
     )

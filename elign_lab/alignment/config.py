@@ -25,7 +25,7 @@ class AlignConfig:
     force_clip: float | None = 2.0  # eV/A, "Per-atom force magnitude clip before aggregation"
     energy_clip: float | None = 20.0  # eV/atom; the paper clips its own transform of the total energy at 5 (choice)
     gamma: float = 1.0  # "Discount factor for shaping returns"
-    energy_signal: str = "pbrs"  # Eq. 4; 'terminal' (no PBRS, table 2) and 'naive' (Phi at each step, table 10)
+    energy_signal: str = "pbrs"  # Eq. 4; 'terminal' (no PBRS, table 2), 'naive' (Phi after each step, table 10)
     potential_stride: int = 10  # steps between two evaluations of the potential (choice; the paper: every step)
     disentangle: bool = True  # Eq. 7; False is an ablation of table 10
 
@@ -74,6 +74,17 @@ class AlignConfig:
             "force_clip": self.force_clip is None or self.force_clip > 0,
             "energy_clip": self.energy_clip is None or self.energy_clip > 0,
             "adv_clip": self.adv_clip is None or self.adv_clip > 0,
+            "force_weight": math.isfinite(self.force_weight),
+            "energy_weight": math.isfinite(self.energy_weight),
+            "energy_floor": self.energy_floor >= 0,
+            "force_floor": self.force_floor >= 0,
+            "pairs_per_iteration": self.pairs_per_iteration is None or self.pairs_per_iteration >= 1,
+            "pairs_per_call": self.pairs_per_call >= 1,
+            "learning_rate": 0 <= self.learning_rate < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": self.warmup >= 0,
+            "total_updates": self.total_updates >= 1,
+            "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
             "kl_weight": self.kl_weight >= 0,
             "max_grad_norm": self.max_grad_norm > 0,
             "seed": self.seed >= 0,

@@ -21,7 +21,8 @@ class ObjectiveTerms(NamedTuple):
 
 def clipped_surrogate(log_ratios: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clip removes the gradient. All (B,)."""
-    ratio = torch.exp(log_ratios)
+    # beyond e^30 the exponential overflows in the branch that the minimum leaves out, and its gradient is NaN
+    ratio = torch.exp(log_ratios.clamp(max=30.0))
     plain = ratio * advantage
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     return torch.minimum(plain, bounded), bounded < plain

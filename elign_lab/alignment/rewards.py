@@ -94,8 +94,7 @@ def potentials(
 
 def shaping_rewards(potential: Tensor, terminal: Tensor, gamma: float = 1.0) -> Tensor:
     """r~_t = gamma Phi(s_{t-1}) - Phi(s_t) (paper Eq. 3). potential (B, S), terminal Phi(s_0) (B,) -> (B, S)."""
-    following = torch.cat([potential[:, 1:], terminal.unsqueeze(1)], 1)
-    return gamma * following - potential
+    return gamma * reached_potential(potential, terminal) - potential
 
 
 def return_to_go(potential: Tensor, terminal: Tensor, gamma: float = 1.0) -> Tensor:
@@ -103,6 +102,15 @@ def return_to_go(potential: Tensor, terminal: Tensor, gamma: float = 1.0) -> Ten
     steps = potential.shape[1]
     left = torch.arange(steps, 0, -1, device=potential.device, dtype=potential.dtype)
     return gamma**left * terminal.unsqueeze(1) - potential
+
+
+def reached_potential(potential: Tensor, terminal: Tensor) -> Tensor:
+    """Phi(s_{t-1}), the potential of the state that each transition leads to: the paper's ablation without Eq. 3.
+
+    potential (B, S), terminal Phi(s_0) (B,) -> (B, S). Phi(s_t) itself would be known before the transition, and an
+    advantage made of it has no expected gradient.
+    """
+    return torch.cat([potential[:, 1:], terminal.unsqueeze(1)], 1)
 
 
 def property_channel(

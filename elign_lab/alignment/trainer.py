@@ -29,6 +29,7 @@ from elign_lab.alignment.rewards import (
     TerminalChannel,
     potential_schedule,
     potentials,
+    reached_potential,
     return_to_go,
     terminal_rewards,
 )
@@ -155,13 +156,14 @@ class PolicyTrainer(ABC):
         rolled = time.perf_counter()
         rewards = self.judge(rollouts)
         judged = time.perf_counter()
+        asked = torch.tensor(self.oracle.molecules - before, device=self.accelerator.device)
         advantages = self.advantages(rollouts, rewards)
         metrics = self._reward_metrics(rewards)
         self._check_failures(index, metrics["failed"], c.groups * c.members)
         metrics |= self._update(rollouts, advantages, index)
         metrics |= {
             "network_calls": rollouts.network_calls,
-            "oracle_molecules": self.oracle.molecules - before,
+            "oracle_molecules": int(self.accelerator.reduce(asked, "sum")),
             "seconds_rollout": round(rolled - clock, 3),
             "seconds_oracle": round(judged - rolled, 3),
             "seconds_update": round(time.perf_counter() - judged, 3),
@@ -222,7 +224,8 @@ class PolicyTrainer(ABC):
             potential = potentials(rollouts, self.policy, self.oracle, evaluated, c.energy_clip)
             # no estimate on the way could be judged: no shaping signal, and the terminal rewards still count
             potential = torch.where(potential.isfinite(), potential, energy.unsqueeze(1))
-            to_go = potential if c.energy_signal == "naive" else return_to_go(potential, energy, c.gamma)
+            naive = c.energy_signal == "naive"
+            to_go = reached_potential(potential, energy) if naive else return_to_go(potential, energy, c.gamma)
         channels = {ch.name: ch.reward(rollouts.molecules).to(energy) for ch in self.channels}
         return Rewards(energy, force, to_go, ok, channels, evaluated)
 
@@ -387,8 +390,9 @@ class PolicyTrainer(ABC):
             "reference": self.reference.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.out / "checkpoint.pt", state)
+        # the model first: a run that is killed in between does the iteration again, and never ends with an older model
         self.save_policy(self.out / "model.safetensors")
+        save_state(self.out / "checkpoint.pt", state)
 
     def _resume(self, path: Path) -> None:
         state: dict[str, Any] = load_state(path)

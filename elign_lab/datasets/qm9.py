@@ -85,12 +85,17 @@ def load_qm9(split: str = "train", root: str | Path | None = None, download: boo
     """
     check_split(split)
     if root is None:
-        raise ValueError("QM9 is not in the package: pass root=, a folder for its files, and download=True to get them")
+        raise ValueError(
+            "QM9 is not in the package: pass root=, a folder for its files; in Python "
+            "load_dataset('qm9', root=..., download=True) gets them"
+        )
     root = Path(root)
     if download and not (root / CACHE).is_file():
-        fetch(UNCHARACTERIZED, root)
-        fetch(TARBALL, root)
+        _download(root)
     data = _load(root)
+    if download and len(data) != N_CHARACTERIZED:  # the cache is of a part
+        _download(root)
+        data = _load(root)
     if split == "all":
         return data
     if len(data) != N_CHARACTERIZED:
@@ -99,6 +104,11 @@ def load_qm9(split: str = "train", root: str | Path | None = None, download: boo
             f"{len(data)}: get the full set (download=True), or use split='all'"
         )
     return data.subset(edm_split(split))
+
+
+def _download(root: Path) -> None:
+    fetch(UNCHARACTERIZED, root)
+    fetch(TARBALL, root)
 
 
 def edm_split(split: str) -> np.ndarray:

@@ -6,6 +6,7 @@ in SPEC section 1; Hoogeboom et al. 2022 for the losses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,6 +44,21 @@ class DenoiserConfig:
     precision: float = 1e-5
     scale: tuple[float, float, float] = (1.0, 4.0, 10.0)  # of positions, types, charge
     size_histogram: tuple[tuple[int, int], ...] = ()  # (number of atoms, count) in the training data
+
+    def __post_init__(self) -> None:
+        positive = all(isinstance(s, int | float) and s > 0 for s in self.scale)
+        checks = {
+            "elements": (0 < len(set(self.elements)) == len(self.elements), "atomic numbers, each once"),
+            "features": (self.features >= 1, "1 or more"),
+            "layers": (self.layers >= 1, "1 or more"),
+            "sublayers": (self.sublayers >= 1, "1 or more"),
+            "normalization_factor": (self.normalization_factor > 0, "a positive number"),
+            "context": (self.context >= 0, "0 or more"),
+            "scale": (len(self.scale) == 3 and positive, "three positive numbers"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ValueError(f"DenoiserConfig.{name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
     def channels(self) -> int:
@@ -181,6 +197,9 @@ class Denoiser(nn.Module):
             raise ValueError(f"t must be integer steps of shape ({mask.shape[0]},), got {t.dtype} {tuple(t.shape)}")
         if (context is not None) != (self.config.context > 0):
             raise ValueError(f"this model takes {self.config.context} context features; context={context is not None}")
+        if context is not None and tuple(context.shape) != (*mask.shape, self.config.context):
+            want = (*mask.shape, self.config.context)
+            raise ValueError(f"context has shape {tuple(context.shape)}, expected {want}: one row per atom")
 
     def diffuse(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Forward process z_t = alpha_t z + sigma_t eps."""
@@ -255,7 +274,8 @@ class Denoiser(nn.Module):
         term_0 = 0.5 * (noise_0 - eps_0)[..., :3].square().sum((1, 2))
         term_0 = term_0 - self.log_likelihood_types(z, z_0, zero, mask)
         dof = 3 * (mask.sum(1) - 1).to(z.dtype)
-        constants = dof * (0.5 * float(self.schedule.gamma[0]) + 0.5 * LOG_2PI)
+        # the last term makes it a density in Angstrom (EDM's delta_log_px)
+        constants = dof * (0.5 * float(self.schedule.gamma[0]) + 0.5 * LOG_2PI + math.log(self.config.scale[0]))
         kl = self.kl_prior(z, mask)
         loss = kl + self.config.timesteps * 0.5 * weight * error + constants + term_0
         return LossTerms(loss, error, term_0, kl, constants)

@@ -115,8 +115,9 @@ def pretrain(
     out = Path(out)
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     options = {"geometry": config.geometry} if config.geometry else {}
-    train = load_dataset(config.dataset, split="train", root=config.root, **options)
-    validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
+    with accelerator.main_process_first():  # a first use converts the files, for all processes
+        train = load_dataset(config.dataset, split="train", root=config.root, **options)
+        validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
     torch.manual_seed(config.seed)  # initial weights: PyTorch's initialisers take no generator
     model = Denoiser(config.model).with_size_histogram(train.size_histogram()).to(accelerator.device)
     if isinstance(model.network, EGNN):

@@ -78,20 +78,25 @@ class Evidence:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no evidence file {path}: make it with scripts/make_evidence.py")
-        with np.load(path, allow_pickle=False) as archive:
-            fields = {"models", "oracles", "numbers", "positions", "energy_per_atom", "f_rms", "status"}
-            if missing := fields - set(archive.files):
-                raise ValueError(f"{path} is not an evidence file: it has no {', '.join(sorted(missing))}")
-            numbers = torch.from_numpy(archive["numbers"].astype(np.int64))
-            positions = torch.from_numpy(archive["positions"])
-            return cls(
-                tuple(archive["models"].tolist()),
-                tuple(archive["oracles"].tolist()),
-                tuple(MoleculeBatch(z, x, z > 0) for z, x in zip(numbers, positions, strict=True)),
-                archive["energy_per_atom"],
-                archive["f_rms"],
-                archive["status"],
-            )
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+        except Exception as error:  # a damaged zip raises any of a dozen types
+            raise ValueError(f"{path} is not an evidence file, or damaged: {error}") from None
+        fields = {"models", "oracles", "numbers", "positions", "energy_per_atom", "f_rms", "status"}
+        if missing := fields - arrays.keys():
+            raise ValueError(f"{path} is not an evidence file: it has no {', '.join(sorted(missing))}")
+        numbers = torch.from_numpy(arrays["numbers"].astype(np.int64))
+        positions = torch.from_numpy(arrays["positions"])
+        return cls(
+            tuple(arrays["models"].tolist()),
+            tuple(arrays["oracles"].tolist()),
+            # unchecked: what a model generates may be non-finite
+            tuple(MoleculeBatch(z, x, z > 0, check=False) for z, x in zip(numbers, positions, strict=True)),
+            arrays["energy_per_atom"],
+            arrays["f_rms"],
+            arrays["status"],
+        )
 
 
 def collect(

@@ -38,7 +38,7 @@ FRACTIONS = {
 }
 MEDIANS = {
     "energy_per_atom_median": ("energy per atom, median", "eV"),
-    "f_rms_median": ("force RMS, median", "eV/\N{ANGSTROM SIGN}"),
+    "f_rms_median": ("force RMS, median", "eV/Å"),
 }
 
 FloatArray = NDArray[np.floating]
@@ -233,7 +233,7 @@ def compare(base: Evaluation, aligned: Evaluation, *, seed: int = 0, n_boot: int
         raise ValueError("only one of the two sets was evaluated by an oracle: evaluate both with the same one")
     first, second = base.molecules, aligned.molecules
     differences = {
-        "atom_stability": _pooled_difference(first, second, seed, n_boot),
+        "atom_stability": _pooled_difference(base, aligned, seed, n_boot),
         "molecule_stability": paired_difference(first.stable, second.stable),
         "validity": paired_difference(first.valid, second.valid),
         "uniqueness": difference(base.uniqueness, aligned.uniqueness),
@@ -294,12 +294,15 @@ def _median_difference(base: FloatArray, aligned: FloatArray, seed: int, n_boot:
     return bootstrap(lambda i: median(aligned[i]) - median(base[i]), len(base), seed=seed, n_boot=n_boot)
 
 
-def _pooled_difference(base: MoleculeResults, aligned: MoleculeResults, seed: int, n_boot: int) -> Interval:
+def _pooled_difference(base: Evaluation, aligned: Evaluation, seed: int, n_boot: int) -> Interval:
+    if {base.atom_stability.value, aligned.atom_stability.value} <= {0.0, 1.0}:
+        return difference(base.atom_stability, aligned.atom_stability)  # the bootstrap has no width: see `pooled`
+
     def statistic(i: NDArray[np.intp]) -> FloatArray:
-        fractions = [m.stable_atoms[i].sum(-1) / m.atoms[i].sum(-1) for m in (base, aligned)]
+        fractions = [m.stable_atoms[i].sum(-1) / m.atoms[i].sum(-1) for m in (base.molecules, aligned.molecules)]
         return fractions[1] - fractions[0]
 
-    return bootstrap(statistic, len(base.atoms), seed=seed, n_boot=n_boot)
+    return bootstrap(statistic, base.n, seed=seed, n_boot=n_boot)
 
 
 def _group_test(base: FloatArray, aligned: FloatArray) -> GroupTest:

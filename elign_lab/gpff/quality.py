@@ -24,7 +24,7 @@ from elign_lab.gpff.editing_bonds import perceive
 from elign_lab.gpff.generate import SAMPLERS, generate
 from elign_lab.gpff.model import BUNDLED, PseudoForceField
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.sampling import sample
+from elign_lab.sampling import require_all, sample
 from elign_lab.teaching import Figure
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def quality_table(
             **options,
         )
 
-    return _rows(make, variants, budgets, oracle, progress)
+    return _rows(make, n, variants, budgets, oracle, progress)
 
 
 def denoiser_table(
@@ -144,11 +144,12 @@ def denoiser_table(
     def make(sampler: str, budget: int) -> MoleculeBatch:
         return sample(model, n, steps=budget - 1, sampler=sampler.removeprefix(EDM), seed=seed, batch_size=batch_size)
 
-    return _rows(make, [EDM + name for name in samplers], [b for b in budgets if b > 1], oracle, progress)
+    return _rows(make, n, [EDM + name for name in samplers], [b for b in budgets if b > 1], oracle, progress)
 
 
 def _rows(
     make: Callable[[str, int], MoleculeBatch],
+    n: int,
     names: Iterable[str],
     budgets: Iterable[int],
     oracle: Oracle | None,
@@ -157,7 +158,7 @@ def _rows(
     rows = []
     for name, budget in tqdm(list(itertools.product(names, budgets)), desc="samplers", disable=not progress):
         started = time.process_time()
-        batch = make(name, budget)
+        batch = require_all(make(name, budget), n)
         seconds = (time.process_time() - started) / len(batch)
         rows.append(Quality(name, budget, len(batch), **judge(batch, oracle), seconds=seconds))
     return rows

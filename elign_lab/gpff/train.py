@@ -117,8 +117,9 @@ def train(
     out = Path(out)
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     options = {"geometry": config.geometry} if config.geometry else {}
-    data = load_dataset(config.dataset, split="train", root=config.root, **options)
-    validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
+    with accelerator.main_process_first():  # a first use converts the files, for all processes
+        data = load_dataset(config.dataset, split="train", root=config.root, **options)
+        validation = load_dataset(config.dataset, split="validation", root=config.root, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # PyTorch's initialisers take no generator
         model = PseudoForceField(replace(config.model, compositions=composition_counts(data)))

@@ -1,5 +1,6 @@
 """FED-GRPO: densities and ratios, rewards, advantages, objective, rollouts."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -311,6 +312,15 @@ def test_entangled_ablation_normalises_the_sum():
 
 
 # ---------------------------------------------------------------------- objective
+def test_a_ratio_beyond_floating_point_has_a_finite_surrogate_and_gradient():
+    ratios = torch.tensor([200.0, 200.0, -200.0], requires_grad=True)
+    value, clipped = clipped_surrogate(ratios, torch.tensor([1.0, 0.0, 1.0]), 0.1)
+    value.sum().backward()
+    assert value.tolist() == pytest.approx([1.1, 0.0, 0.0])
+    assert ratios.grad.tolist() == [0.0, 0.0, 0.0]
+    assert clipped.tolist() == [True, False, False]
+
+
 def test_clipped_surrogate_against_its_definition():
     ratios = torch.tensor([-0.5, -0.05, 0.0, 0.05, 0.5]).repeat(2)
     advantage = torch.tensor([1.0] * 5 + [-2.0] * 5)
@@ -344,6 +354,10 @@ def test_config_refuses_nonsense():
     # what would stop a run at its first evaluation, or turn the objective round
     changes += [{"evaluate_every": 0}, {"checkpoint_every": 0}, {"evaluate_n": 0}, {"seed": -1}, {"kl_weight": -0.1}]
     changes += [{name: -1.0} for name in ("adv_clip", "force_clip", "energy_clip", "max_grad_norm")]
+    # what was taken for another value without a word
+    changes += [{name: 0} for name in ("pairs_per_iteration", "pairs_per_call", "total_updates")]
+    changes += [{name: -1.0} for name in ("energy_floor", "force_floor", "warmup", "min_lr_ratio", "weight_decay")]
+    changes += [{name: math.nan} for name in ("force_weight", "energy_weight", "learning_rate")]
     for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             replace(AlignConfig(), **change)

@@ -17,6 +17,7 @@ import torch
 
 import elign_lab
 from elign_lab import MoleculeBatch, doctor
+from elign_lab.alignment import OracleFailureError
 from elign_lab.checkpoints import load_model, save_model
 from elign_lab.cli import main
 from elign_lab.denoiser import Denoiser, DenoiserConfig
@@ -131,6 +132,26 @@ def test_a_cache_of_answers_says_what_it_saved(model_file, energy_file, tmp_path
         assert said in err
         found.append(json.loads(out))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("error", [OracleFailureError("the oracle failed on 3 of 4"), ImportError("needs msgpack")])
+def test_a_demo_that_cannot_go_on_says_why(error, monkeypatch, capsys):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("elign_lab.demo.run_demo", failing)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == f"elign-lab: error: {error}\n"
+
+
+def test_a_sign_that_the_terminal_lacks_loses_no_result(model_file, energy_file):
+    command = ["evaluate", "--model", model_file, "--n", "2", "--steps", "2", "--oracle", "learned"]
+    option = ["--oracle-option", f"model={energy_file}"]
+    for encoding, unit in (("ascii", "eV/?"), ("cp1252", "eV/Å")):  # cp1252: a file on Windows
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        found = run(*command, *option, env=environment, encoding=encoding)
+        assert found.returncode == 0, found.stderr
+        assert f"force RMS, median ({unit})" in found.stdout
 
 
 def test_a_mistake_is_found_before_the_sampling(model_file, energy_file, tmp_path, capsys, monkeypatch):
@@ -311,7 +332,8 @@ def test_override_parses_by_type():
     )
     assert changed == Settings(1.0, None, "b=c", False, (3.0, 4.0), Inner(5))
     assert isinstance(changed.rate, float)
-    assert override(Settings(), ["name=3d"]).name == "3d"
+    for text in ("3d", "2024", "1e5", "None"):
+        assert override(Settings(), [f"name={text}"]).name == text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Distributions, diversity, composition control and agreement of oracles (elign_lab.evaluation.comparison)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from rdkit import Chem
@@ -8,6 +10,7 @@ from rdkit.DataStructs import TanimotoSimilarity
 from scipy.stats import spearmanr
 
 from elign_lab.evaluation.comparison import (
+    _internal_diversity,
     agreement,
     composition_control,
     cumulative,
@@ -64,6 +67,15 @@ def test_internal_diversity_is_the_mean_tanimoto_distance():
     )
     assert diversity(MoleculeBatch.from_smiles(["CCO", "CCO", "OCC"])).internal_diversity == pytest.approx(0)
     assert np.isnan(diversity(MoleculeBatch.from_smiles(["CCO"])).internal_diversity)
+
+
+def test_internal_diversity_does_not_keep_the_pairs():
+    mols = [Chem.MolFromSmiles("CCO")] * 600
+    tracemalloc.start()
+    assert _internal_diversity(mols) == pytest.approx(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 600 * 599 // 2 * 8  # bytes of one number for each pair
 
 
 def test_molecules_that_are_not_valid_count_in_sizes_and_formulas_only(base):

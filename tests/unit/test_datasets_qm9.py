@@ -119,6 +119,15 @@ def test_a_part_of_qm9_has_no_split(root):
         load_dataset("qm9", split="train", root=root)
 
 
+def test_download_is_not_stopped_by_the_cache_of_a_part(root, monkeypatch):
+    texts = [xyz_text(*m) for m in molecules()]
+    write_tarball(root, texts[:5])
+    assert len(load_dataset("qm9", split="all", root=root)) == 5
+    (root / qm9.TARBALL.name).unlink()
+    monkeypatch.setattr(qm9, "fetch", lambda remote, _: remote is qm9.TARBALL and write_tarball(root, texts))
+    check(load_dataset("qm9", split="all", root=root, download=True), 1e-6)
+
+
 def test_full_set_is_split_as_edm_does(root):
     """All 130,831 molecules, as single atoms, by way of the cache."""
     ids = np.setdiff1d(np.arange(1, 133_886), EXCLUDED)

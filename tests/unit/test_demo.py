@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -86,3 +87,10 @@ def test_other_settings_start_another_alignment(config, tmp_path):
 def test_the_verdict_says_what_the_interval_says(change, words):
     comparison = SimpleNamespace(differences={"f_rms_median": change, "energy_per_atom_median": Interval(0, -1, 1)})
     assert f"median force RMS {words} ({change.value:+.2f} eV/Å" in describe(comparison)
+
+
+def test_the_verdict_claims_nothing_where_the_oracle_failed():
+    unknown = Interval(math.nan, math.nan, math.nan)
+    text = describe(SimpleNamespace(differences={"f_rms_median": unknown, "energy_per_atom_median": unknown}))
+    assert text.count("is unknown") == 2
+    assert "chance" not in text

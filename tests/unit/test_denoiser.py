@@ -1,6 +1,7 @@
 """The network and its layout: symmetries, independence of the batch, gradients, bad input."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -188,6 +189,18 @@ def test_compiled_blocks_give_the_same_numbers(monkeypatch):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
 
 
+def test_nll_is_of_positions_in_angstrom(batch):
+    """p(x) = p(x / s) s^-3(N - 1): the same state is that much less likely a density for a model with scale s."""
+    plain, scaled = make(), make(scale=(2.0, 4.0, 10.0))
+    z, t = state(plain, batch)
+    noise, noise_0 = (plain.noise(batch.mask, torch.Generator().manual_seed(k)) for k in (2, 3))
+    with torch.no_grad():
+        one, two = (m.nll(z, batch.mask, t, noise, noise_0) for m in (plain, scaled))
+    volume = 3 * (batch.sizes - 1) * math.log(2)
+    torch.testing.assert_close(two.neg_log_constants - one.neg_log_constants, volume)
+    torch.testing.assert_close(two.loss - one.loss, volume, atol=0.02, rtol=0)
+
+
 def test_bad_input_is_named(batch):
     model = make()
     z, t = state(model, batch)
@@ -197,6 +210,9 @@ def test_bad_input_is_named(batch):
         model.eps(z, t.float(), batch.mask)
     with pytest.raises(ValueError, match="context"):
         model.eps(z, t, batch.mask, context=z)
+    wide = torch.zeros(len(z), z.shape[1] + 1, 1)  # its rows would be taken for those of other atoms
+    with pytest.raises(ValueError, match="context has shape"):
+        make(context=1).eps(z, t, batch.mask, context=wide)
     with pytest.raises(ValueError, match=r"molecule 0, atom 0 is Cl"):
         model.encode(MoleculeBatch.from_smiles("ClCCl"))
     limited = make().with_size_histogram({5: 1})
@@ -208,6 +224,13 @@ def test_bad_input_is_named(batch):
         model.schedule.transition(3, 3)
     with pytest.raises(ValueError, match="too large for sigma_0"):
         Denoiser(DenoiserConfig(scale=(1.0, 4.0, 100.0)))
+    # each of these made a model without a word: one that predicts nothing, or NaN, or has a channel too few
+    for name, value in (("layers", 0), ("normalization_factor", 0.0), ("context", -1), ("elements", (1, 1, 6))):
+        with pytest.raises(ValueError, match=f"DenoiserConfig.{name}"):
+            DenoiserConfig(**{name: value})
+    for scale in ((0.0, 4.0, 10.0), (1.0, 4.0), "[1,4,10]"):
+        with pytest.raises(ValueError, match=r"DenoiserConfig\.scale"):
+            DenoiserConfig(scale=scale)
 
 
 def test_grid_is_a_subset_of_the_full_one():

@@ -425,6 +425,14 @@ def test_compare_finds_the_improvement(pair):
     assert same.f_rms.welch_p == pytest.approx(1.0)
 
 
+def test_a_difference_of_perfect_sets_is_not_taken_as_certain(molecules):
+    perfect = evaluate(molecules)
+    assert perfect.atom_stability.value == 1.0
+    change = compare(perfect, perfect).differences["atom_stability"]
+    assert change == difference(perfect.atom_stability, perfect.atom_stability)
+    assert change.low < -0.1 < 0.1 < change.high
+
+
 def test_pairing_narrows_the_interval(pair):
     base_batch, *_, base, _ = pair
     slightly = evaluate(shaken(base_batch, 1e-3, seed=3), PairOracle())

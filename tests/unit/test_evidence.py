@@ -31,6 +31,25 @@ def test_a_saved_file_is_read_back(tmp_path):
     assert (read.failures("aligned", "dft"), read.failures("base", "dft")) == (1, 0)
 
 
+def test_a_molecule_that_diverged_is_read_back(tmp_path):
+    made = make()
+    made.molecules[1].positions[1, 0] = torch.nan
+    read = Evidence.load(made.save(tmp_path / "evidence.npz"))
+    assert torch.isfinite(read.molecules[1].positions).all(-1).all(-1).tolist() == [True, False]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = make().save(tmp_path / "evidence.npz")
+    whole = path.read_bytes()
+    for part in (0, 300, len(whole) - 30):
+        path.write_bytes(whole[:part])
+        with pytest.raises(ValueError, match=r"evidence\.npz is not an evidence file, or damaged"):
+            Evidence.load(path)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"array\.npy is not an evidence file"):
+        Evidence.load(tmp_path / "array.npy")
+
+
 def test_bad_requests_are_named(tmp_path):
     with pytest.raises(ValueError, match="no oracle 'uma' in the evidence: expected one of xtb, dft"):
         make().of("base", "uma")

@@ -11,11 +11,14 @@ from elign_lab.molecules import MoleculeBatch, atomic_number, symbol, zero_com, 
 WATER = ([8, 1, 1], np.array([[0.0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]]))
 CARBON_MONOXIDE = ([6, 8], np.array([[0.0, 0, 0], [0, 0, 1.128]]))
 QM9_XYZ = """3
-gdb 3\twater
+gdb 3\t799.58812\t437.90386\t282.94545\t1.8511\t6.31\t-0.2928\t0.0687\t0.3615\t19.0002\t0.021375\t-76.404702\t-76.401867\t-76.400922\t-76.422349\t6.002\t
 O\t-0.0343604951\t0.9775395708\t0.0076015923\t-0.589706
 H\t0.0647664923\t0.0205721989\t1.5346341000*^-3\t0.294853
 H\t0.8717903737\t1.3007924048\t6.9313360000e-04\t0.294853
-"""
+1671.4222\t3803.6305\t3907.698
+O\tO
+InChI=1S/H2O/h1H2\tInChI=1S/H2O/h1H2
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -30,8 +33,9 @@ def test_symbols_and_numbers():
     for wrong in (0, 119, -1):
         with pytest.raises(ValueError, match="expected 1 to 118"):
             symbol(wrong)
-    with pytest.raises(ValueError, match="'Xy'"):
-        atomic_number("Xy")
+    for unknown in ("Xy", "X"):
+        with pytest.raises(ValueError, match=f"'{unknown}'"):
+            atomic_number(unknown)
 
 
 # ---------------------------------------------------------------------- subspace
@@ -227,9 +231,9 @@ def test_xyz_round_trip(batch, tmp_path):
     assert_same(MoleculeBatch.from_xyz("\n" + text + "\n\n"), batch, 1e-9)
 
 
-def test_xyz_of_qm9_with_its_exponents():
-    found = MoleculeBatch.from_xyz(QM9_XYZ)
-    assert found.numbers.tolist() == [[8, 1, 1]]
+def test_xyz_of_qm9_with_its_exponents_and_last_lines():
+    found = MoleculeBatch.from_xyz(QM9_XYZ + QM9_XYZ)
+    assert found.numbers.tolist() == [[8, 1, 1]] * 2
     assert found.positions[0, 1, 2].item() == pytest.approx(1.5346341e-3)
 
 

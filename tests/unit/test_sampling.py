@@ -144,6 +144,9 @@ def test_bad_requests(trained):
         sample(plain, 2)
     with pytest.raises(ValueError, match="ends at t = 0"):
         list(ancestral(plain, mask_of_sizes([3]), grid=[10, 5]))
+    for sampler in ("ancestral", "dpm_solver"):
+        with pytest.raises(ValueError, match="0 <= s < t"):
+            list(get_sampler(sampler)(plain, mask_of_sizes([3]), grid=[5, 10, 0]))
 
 
 def test_spacing_reaches_every_sampler(trained):

@@ -127,7 +127,7 @@ def test_two_processes_equal_one(tmp_path, skip_prefix):
     moved = float((one - torch.cat([p.detach().reshape(-1) for p in make().parameters()])).norm())
     assert float((one - two).norm()) < 1e-3 * moved
     rows = [read_json_lines(tmp_path / str(k) / "log.jsonl") for k in (1, 2)]
-    for key in ("reward_energy", "reward_force", "kl", "grad_norm", "eval_force"):
+    for key in ("reward_energy", "reward_force", "kl", "grad_norm", "eval_force", "oracle_molecules"):
         assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-3), key
 
 
@@ -237,8 +237,12 @@ def test_ablations_of_the_energy_signal(signal_name):
     if signal_name == "terminal":
         assert torch.equal(to_go, step.rewards.energy.unsqueeze(1).expand_as(to_go))
         assert step.metrics["oracle_molecules"] == 6
-    else:
+    else:  # each step is paid with the potential of the state that it leads to, the last with the result's
         assert not torch.equal(to_go[:, 0], to_go[:, -1])
+        assert torch.equal(to_go[:, -1], step.rewards.energy)
+        pbrs = Trainer(make(), SpringOracle(), CONFIG).step().rewards
+        potential = pbrs.energy.unsqueeze(1) - pbrs.return_to_go
+        torch.testing.assert_close(to_go[:, :-1], potential[:, 1:])
 
 
 def test_spacing_is_that_of_rollouts_and_of_the_evaluation_set():
@@ -300,6 +304,25 @@ def test_an_interrupted_evaluation_is_no_evaluation(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.evaluate()
     assert trainer.best == float("-inf")
+
+
+def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
+    """The last save of a run writes one of its two files; the run that goes on still ends with the latest model."""
+    config = replace(CONFIG, iterations=2, evaluate_every=100)
+    module = elign_lab.alignment.trainer
+    for name in ("save_state", "save_model"):
+        out = tmp_path / name
+        Trainer(make(), SpringOracle(), config, out=out).run(1, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+            with pytest.raises(RuntimeError, match="killed"):
+                Trainer(make(), SpringOracle(), config, out=out).run(progress=False)
+        again = Trainer(make(), SpringOracle(), config, out=out)
+        again.run(progress=False)
+        for saved, value in zip(
+            load_model(out / "model.safetensors").parameters(), again.policy.parameters(), strict=True
+        ):
+            assert torch.equal(saved, value)
 
 
 def test_resume_refuses_another_weight_of_a_channel(tmp_path):
