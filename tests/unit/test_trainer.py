@@ -230,6 +230,14 @@ def test_counters_and_calls():
     assert step.metrics["iteration"] == 0
 
 
+def test_the_policy_that_made_the_rollouts_has_ratio_one():
+    """The update computes eps again, in other batches than the rollout: the same numbers, up to rounding."""
+    for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        still = Trainer(make().to(dtype), SpringOracle(), replace(CONFIG, learning_rate=0.0, weight_decay=0.0)).step()
+        assert still.metrics["log_ratio_rms"] < rounding
+    assert Trainer(make(), SpringOracle(), CONFIG).step().metrics["log_ratio_rms"] > 1e-3
+
+
 @pytest.mark.parametrize("signal_name", ["terminal", "naive"])
 def test_ablations_of_the_energy_signal(signal_name):
     step = Trainer(make(), SpringOracle(), replace(CONFIG, energy_signal=signal_name)).step()
