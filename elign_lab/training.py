@@ -50,13 +50,18 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def require_same_run(path: str | Path, saved: dict[str, Any], config: Any, free: Collection[str]) -> None:
     """Raise ValueError when a checkpoint's configuration differs from `config` (a dataclass) in a field not in `free`.
 
-    A field that the checkpoint does not know was added later; the run had its default.
+    A field that the checkpoint does not know, of a configuration in it too, was added later; the run had its default.
     """
-    defaults = asdict(type(config)())
+    before = _with_defaults(saved, asdict(type(config)()))
     for key, value in asdict(config).items():
-        before = saved.get(key, defaults[key])
-        if key not in free and before != value:
-            raise ValueError(f"{path} was made with {key} = {before!r}, not {value!r}: use another folder")
+        if key not in free and before[key] != value:
+            raise ValueError(f"{path} was made with {key} = {before[key]!r}, not {value!r}: use another folder")
+
+
+def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`saved` with what it lacks from `defaults`, in nested dictionaries too."""
+    nested = {k: _with_defaults(saved[k], v) for k, v in defaults.items() if isinstance(v, dict) and k in saved}
+    return {**defaults, **saved, **nested}
 
 
 class Optimizer(Protocol):
@@ -175,7 +180,11 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) ->
     """Average the gradients over all processes, in one message (does nothing in a single process)."""
     if accelerator.num_processes == 1:
         return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    gradients = []
+    for p in parameters:
+        if p.grad is None:  # this process had no use for it, another may have had
+            p.grad = torch.zeros_like(p)
+        gradients.append(p.grad)
     flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), "mean")
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
