@@ -110,17 +110,29 @@ def collect(
 ) -> Evidence:
     """Sample n molecules of each model from the same sizes and the same noise, and ask every oracle about them.
 
-    steps: reverse steps of a sample (default: all). What an oracle cannot evaluate is NaN, with its status. Raises
-    ValueError for no model, no oracle, and what `sample` refuses.
+    steps: reverse steps of a sample (default: all). Errors: as `judge`, and what `sample` refuses.
     """
-    if not models or not oracles:
-        raise ValueError(f"evidence needs models and oracles: got {len(models)} and {len(oracles)}")
-    batches = [sample(model, n, steps=steps, seed=seed, batch_size=n, progress=progress) for model in models.values()]
-    answers = [[physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in batches]
+    made = {
+        name: sample(model, n, steps=steps, seed=seed, batch_size=n, progress=progress)
+        for name, model in models.items()
+    }
+    return judge(made, oracles)
+
+
+def judge(samples: Mapping[str, MoleculeBatch], oracles: Mapping[str, Oracle]) -> Evidence:
+    """Ask every oracle about the samples of every model.
+
+    What an oracle cannot evaluate is NaN, with its status. Raises ValueError for no samples and for no oracle.
+    """
+    if not samples or not oracles:
+        raise ValueError(f"evidence needs models and oracles: got {len(samples)} and {len(oracles)}")
+    answers = [
+        [physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in samples.values()
+    ]
     return Evidence(
-        tuple(models),
+        tuple(samples),
         tuple(oracles),
-        tuple(batch.to("cpu", torch.float32) for batch in batches),
+        tuple(batch.to("cpu", torch.float32) for batch in samples.values()),
         np.stack([[answer.energy_per_atom.numpy() for answer in row] for row in answers]),
         np.stack([[answer.f_rms.numpy() for answer in row] for row in answers]),
         np.array([[answer.status for answer in row] for row in answers]),
