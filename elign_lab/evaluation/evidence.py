@@ -112,6 +112,7 @@ def collect(
 
     steps: reverse steps of a sample (default: all). Errors: as `judge`, and what `sample` refuses.
     """
+    _check_given(models, oracles)
     made = {
         name: sample(model, n, steps=steps, seed=seed, batch_size=n, progress=progress)
         for name, model in models.items()
@@ -124,8 +125,7 @@ def judge(samples: Mapping[str, MoleculeBatch], oracles: Mapping[str, Oracle]) -
 
     What an oracle cannot evaluate is NaN, with its status. Raises ValueError for no samples and for no oracle.
     """
-    if not samples or not oracles:
-        raise ValueError(f"evidence needs models and oracles: got {len(samples)} and {len(oracles)}")
+    _check_given(samples, oracles)
     answers = [
         [physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in samples.values()
     ]
@@ -137,6 +137,11 @@ def judge(samples: Mapping[str, MoleculeBatch], oracles: Mapping[str, Oracle]) -
         np.stack([[answer.f_rms.numpy() for answer in row] for row in answers]),
         np.array([[answer.status for answer in row] for row in answers]),
     )
+
+
+def _check_given(models: Mapping[str, object], oracles: Mapping[str, Oracle]) -> None:
+    if not models or not oracles:
+        raise ValueError(f"evidence needs models and oracles: got {len(models)} and {len(oracles)}")
 
 
 def load_or_collect(
