@@ -50,17 +50,17 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def require_same_run(path: str | Path, saved: dict[str, Any], config: Any, free: Collection[str]) -> None:
     """Raise ValueError when a checkpoint's configuration differs from `config` (a dataclass) in a field not in `free`.
 
-    A field that the checkpoint does not know, of a configuration in it too, was added later; the run had its default.
+    A field that the checkpoint does not know was added later; the run had its default (with_defaults).
     """
-    before = _with_defaults(saved, asdict(type(config)()))
+    before = with_defaults(saved, asdict(type(config)()))
     for key, value in asdict(config).items():
         if key not in free and before[key] != value:
             raise ValueError(f"{path} was made with {key} = {before[key]!r}, not {value!r}: use another folder")
 
 
-def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`saved` with what it lacks from `defaults`, in nested dictionaries too."""
-    nested = {k: _with_defaults(saved[k], v) for k, v in defaults.items() if isinstance(v, dict) and k in saved}
+def with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings with what they lack from `defaults`, in nested dictionaries too."""
+    nested = {k: with_defaults(saved[k], v) for k, v in defaults.items() if isinstance(v, dict) and k in saved}
     return {**defaults, **saved, **nested}
 
 

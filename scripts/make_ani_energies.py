@@ -13,6 +13,7 @@ import numpy as np
 
 from elign_lab.checkpoints import ASSETS, write_passport
 from elign_lab.datasets import load_dataset
+from elign_lab.evaluation import physics
 from elign_lab.oracles import load_oracle
 
 
@@ -23,15 +24,14 @@ def main() -> None:
     test = load_dataset("bundled", split="test", geometry="mmff94")
     molecules = test.batch(np.arange(len(test)))
     with load_oracle("ani", weights=options.weights) as ani:
-        result = ani(molecules)
-        energy = ani.formation_energy_per_atom(result.energy, molecules.numbers, molecules.mask)
+        found = physics(molecules, ani)
     path = ASSETS / "ani-2x-energies.npz"
-    np.savez_compressed(path, formation_energy_per_atom=energy.double().numpy())
+    np.savez_compressed(path, formation_energy_per_atom=found.energy_per_atom.numpy())
     write_passport(
         path,
         kind="reference energies",
         molecules=len(test),
-        not_evaluated=int((~result.ok).sum()),
+        not_evaluated=found.failures,
         unit="eV/atom, NaN where ANI-2x gave no answer",
         method="ANI-2x (Devereux et al., J. Chem. Theory Comput. 16, 4192, 2020), mean of its 8 networks, by torchani",
         geometries="test split of the bundled set, MMFF94",

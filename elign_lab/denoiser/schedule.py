@@ -88,10 +88,14 @@ class NoiseSchedule:
             torch.expm1(gt - gs).sqrt(),
         )
         if isinstance(t, int) and isinstance(s, int):
-            if not 0 <= s < t <= self.timesteps:
-                raise ValueError(f"a reverse step needs 0 <= s < t <= {self.timesteps}, got t={t}, s={s}")
+            self.check_step(t, s)
             return Transition(*(float(v) for v in values))
         return Transition(*values)
+
+    def check_step(self, t: int, s: int) -> None:
+        """Raise ValueError when there is no reverse step from t to s."""
+        if not 0 <= s < t <= self.timesteps:
+            raise ValueError(f"a reverse step needs 0 <= s < t <= {self.timesteps}, got t={t}, s={s}")
 
     def grid(self, steps: int | None = None, spacing: float = 1.0) -> list[int]:
         """Descending times to 0: all T steps, or `steps` of them on the same grid.

@@ -48,6 +48,7 @@ from elign_lab.training import (
     restore_run,
     save_run,
     warmup_cosine,
+    with_defaults,
 )
 
 NEAR_MINIMUM = ("minimum", "thermal", "mmff94")
@@ -286,8 +287,7 @@ def _resume(
     ema: ExponentialMovingAverage,
 ) -> tuple[int, float]:
     state = load_state(path)
-    # a field that the checkpoint does not know was added later; the run had its default
-    before = {**asdict(FitConfig()), **state["config"]}
+    before = with_defaults(state["config"], asdict(FitConfig()))
     changed = [k for k, v in asdict(config).items() if before[k] != v and not k.endswith("_every")]
     if state["labels"] != _fingerprint(labels):
         changed.append("labels")

@@ -45,12 +45,11 @@ def dpm_solver(
     previous: tuple[Tensor, float] | None = None
     evaluations = 0
     for t, s in itertools.pairwise(times):
+        model.schedule.check_step(t, s)
         evaluations += 1
         with torch.no_grad():
             eps = model.eps(z, torch.full((len(z),), t, device=z.device), mask, context=context, layout=layout)
             clean = model.clean(z, t, eps)
-            if not 0 <= s < t:
-                raise ValueError(f"a reverse step needs 0 <= s < t, got t={t}, s={s}")
             h = float(model.schedule.gamma[t] - model.schedule.gamma[s]) / 2
             estimate = clean if previous is None else _extrapolate(clean, *previous, h)
             (_, sigma_t), (alpha_s, sigma_s) = model.schedule.alpha_sigma(t), model.schedule.alpha_sigma(s)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from elign_lab.checkpoints import ASSETS, verify_asset
+from elign_lab.evaluation import physics
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import Oracle
 from elign_lab.theory.check import Check
@@ -106,7 +106,10 @@ def energy_difference(
     isolated atoms; the rest is what they disagree on between molecules of one composition. Raises ValueError for
     another number of energies, and when there is no molecule that both could judge.
     """
-    energies = [_formation_energies(e, molecules) if isinstance(e, Oracle) else np.asarray(e) for e in (first, second)]
+    energies = [
+        physics(molecules, e).energy_per_atom.numpy() if isinstance(e, Oracle) else np.asarray(e)
+        for e in (first, second)
+    ]
     if energies[1].shape != (len(molecules),):
         raise ValueError(f"expected {len(molecules)} energies, one a molecule, got shape {energies[1].shape}")
     difference = energies[0] - energies[1]
@@ -119,12 +122,6 @@ def energy_difference(
     numbers, mask = molecules.numbers.numpy()[ok], molecules.mask.numpy()[ok]
     shares = np.stack([((numbers == z) & mask).sum(1) for z in np.unique(numbers[mask])], 1) / mask.sum(1)[:, None]
     return difference - shares @ np.linalg.lstsq(shares, difference, rcond=None)[0]
-
-
-def _formation_energies(oracle: Oracle, molecules: MoleculeBatch) -> FloatArray:
-    result = oracle(molecules)
-    energy = oracle.formation_energy_per_atom(result.energy, molecules.numbers, molecules.mask)
-    return torch.where(result.ok, energy.double(), torch.nan).numpy()
 
 
 # ---------------------------------------------------------------------- statements
