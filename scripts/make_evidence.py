@@ -20,17 +20,17 @@ from tqdm import tqdm
 
 from elign_lab import MoleculeBatch, load_model, load_oracle, sample
 from elign_lab.checkpoints import ASSETS, read_passport, write_passport
-from elign_lab.evaluation.evidence import EVIDENCE, judge
+from elign_lab.evaluation.evidence import DFT_SETTINGS, EVIDENCE, judge
 from elign_lab.sampling import require_all
 
 PACKAGES = {"learned": "torch", "xtb": "tblite", "dft": "pyscf", "ani": "torchani"}
 METHODS = {
     "learned": "oracle-mini",
     "xtb": "GFN2-xTB",
-    "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF, density fitting",
+    "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF, density fitting, grid level 1, convergence 1e-8 Hartree",
     "ani": "ANI-2x",
 }
-CHUNK = 4  # molecules that an interrupted DFT loses at most
+CHUNK = 32  # molecules that an interrupted DFT loses at most
 
 
 def samples_of(name: str, sha256: str, arguments: argparse.Namespace) -> MoleculeBatch:
@@ -65,7 +65,7 @@ def main() -> None:
     samples = {name: samples_of(name, sha256[name], arguments) for name in arguments.models}
     options = {
         "ani": {"weights": arguments.ani_weights} if arguments.ani_weights else {},
-        "dft": {"cache": arguments.work / "dft.sqlite", "workers": arguments.workers, "density_fit": True},
+        "dft": {"cache": arguments.work / "dft.sqlite", "workers": arguments.workers, **DFT_SETTINGS},
     }
     with ExitStack() as stack:
         oracles = {name: stack.enter_context(load_oracle(name, **options.get(name, {}))) for name in arguments.oracles}

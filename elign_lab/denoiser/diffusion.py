@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from elign_lab.denoiser.egnn import EGNN, GNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.denoiser.schedule import NoiseSchedule, Transition
+from elign_lab.denoiser.threads import shares, thread_map
 from elign_lab.molecules import MoleculeBatch, symbol, zero_com, zero_com_noise
 
+# pairs of atoms times features squared, for each thread: below, the interpreter's lock costs more than it saves
+MIN_WORK = 3e8
 LOG_2PI = 1.8378770664093453
 
 
@@ -166,6 +169,8 @@ class Denoiser(nn.Module):
         self._check_inputs(z, t, mask, context)
         if isinstance(self.network, GNN):
             return self._eps_gnn(z, t, mask, context)
+        if layout is None and self._worth_threads(mask):
+            return self._eps_threads(z, t, mask, context)
         layout = layout or Layout(mask)
         rows = layout.pack(z)
         x, h = rows[:, :3], [rows[:, 3:]]
@@ -176,6 +181,21 @@ class Denoiser(nn.Module):
         x_out, h_out = self.network(x, torch.cat(h, 1), layout)
         out = torch.cat([layout.center(x_out - x), h_out[:, : self.config.channels] * layout.row_mask.to(z.dtype)], 1)
         return layout.unpack(out)
+
+    def _worth_threads(self, mask: Tensor) -> bool:
+        """Whether shares of the molecules in one thread each are faster than threads that share every operation."""
+        if mask.device.type != "cpu" or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+            return False
+        pairs = float(mask.sum(1).square().sum()) / torch.get_num_threads()
+        return pairs * self.config.features**2 > MIN_WORK and mask.shape[0] >= torch.get_num_threads()
+
+    def _eps_threads(self, z: Tensor, t: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
+        def share(members: Tensor) -> Tensor:
+            part = None if context is None else context[members]
+            return self.eps(z[members], t[members], mask[members], context=part, layout=Layout(mask[members]))
+
+        members = shares(mask.sum(1), torch.get_num_threads())
+        return torch.cat(thread_map(share, members))[torch.argsort(torch.cat(members))]
 
     def _eps_gnn(self, z: Tensor, t: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         b, n = mask.shape

@@ -240,10 +240,10 @@ class Oracle(ABC):
         return f"atoms {i} and {j} are {distances.min():.3f} Angstrom apart, under the limit of {self.min_distance:g}"
 
     def _result(self, answers: list[Evaluation], batch: MoleculeBatch) -> OracleResult:
+        sizes = batch.sizes.tolist()
+        rows = [np.full((n, 3), np.nan) if a.forces is None else a.forces for n, a in zip(sizes, answers, strict=True)]
         forces = torch.zeros(*batch.numbers.shape, 3, dtype=torch.float64)
-        mask = batch.mask.cpu()
-        for i, answer in enumerate(answers):
-            forces[i, mask[i]] = torch.nan if answer.forces is None else torch.as_tensor(answer.forces)
+        forces[batch.mask.cpu()] = torch.from_numpy(np.concatenate([np.zeros((0, 3)), *rows]))
         # float32 at least: half precision cannot hold a total energy
         device, dtype = batch.positions.device, torch.promote_types(batch.positions.dtype, torch.float32)
         uncertainty = None

@@ -131,7 +131,8 @@ class PointOracle(Oracle):
         with torch.enable_grad():
             energy = self.energy(x[:, : self.dimension])
             (gradient,) = torch.autograd.grad(energy.sum(), x)
-        return [Evaluation(float(e), -g.numpy().reshape(1, 3)) for e, g in zip(energy, gradient, strict=True)]
+        forces = -gradient.numpy()[:, None]
+        return [Evaluation(e, force) for e, force in zip(energy.tolist(), forces, strict=True)]
 
 
 class PathKLTrainer(Trainer):

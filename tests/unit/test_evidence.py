@@ -6,7 +6,7 @@ import torch
 
 from elign_lab import load_model, load_oracle, sample
 from elign_lab.evaluation import physics
-from elign_lab.evaluation.evidence import EVIDENCE, Evidence, collect, load_or_collect
+from elign_lab.evaluation.evidence import DFT_SETTINGS, EVIDENCE, Evidence, collect, load_or_collect
 from elign_lab.molecules import MoleculeBatch
 
 
@@ -89,8 +89,7 @@ def test_without_a_file_a_small_evidence_is_computed_and_says_so(tmp_path):
 @pytest.mark.skipif(not EVIDENCE.exists(), reason="no bundled evidence yet")
 def test_two_molecules_are_computed_again():
     evidence = Evidence.load()
-    # as scripts/make_evidence.py asks
-    dft, xtb = load_oracle("dft", workers=1, density_fit=True), load_oracle("xtb", workers=1)
+    dft, xtb = load_oracle("dft", workers=1, **DFT_SETTINGS), load_oracle("xtb", workers=1)
     for model, batch in zip(evidence.models, evidence.molecules, strict=True):
         ok = evidence.status[evidence.models.index(model), evidence.oracles.index("dft")] == "ok"
         smallest = int(torch.where(torch.from_numpy(ok), batch.sizes, 10**6).argmin())
