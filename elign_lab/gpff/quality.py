@@ -44,6 +44,8 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "direct": ("direct", {"strength": 1.0}),
     "direct, 0.3": ("direct", {"strength": 0.3}),
     "relaxation": ("direct", {"strength": 0.0}),
+    # sigma: from a cloud as wide as the molecules are, which the force does not first have to draw together
+    "relaxation, momentum": ("direct", {"strength": 0.0, "momentum": 0.5, "sigma": 1.42}),
 }
 
 

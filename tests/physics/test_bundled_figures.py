@@ -58,7 +58,7 @@ def test_a_damaged_denoiser_does_not_have_the_figures():
 def test_pseudo_force_field():
     rows = quality_from_json(figures_of("gpff-mini")["rows"])
     recorded = {row.sampler: row for row in rows if row.evaluations == 16}
-    names = ("direct", "adaptive ancestral")
+    names = ("direct", "adaptive ancestral", "relaxation, momentum")
     found = quality_table(
         load_force_field("gpff-mini"), N, budgets=[16], variants={name: VARIANTS[name] for name in names}, seed=101
     )

@@ -28,6 +28,7 @@ from elign_lab.gpff import (
     generate,
     get_sampler,
     judge,
+    load_force_field,
     nearest_image,
     parse_formula,
     pocket,
@@ -186,6 +187,17 @@ def test_a_molecule_that_stopped_is_left_alone(ethanol):
     assert all(torch.equal(r.z_s[0], records[0].z_s[0]) for r in records)
 
 
+def test_momentum_goes_on_where_the_last_two_estimates_point():
+    numbers = torch.tensor([[6, 8, 1, 1]])
+    task = SamplingTask(load_force_field(), numbers, numbers > 0, generator=torch.Generator().manual_seed(0))
+    start = start_positions(task, 1.42)
+    first, second, third = SAMPLERS["direct"](task, start, evaluations=3, sigma_min=0.02, strength=0.0, momentum=0.5)
+    torch.testing.assert_close(first.z_s, first.clean)
+    torch.testing.assert_close(second.z_s, second.clean + 0.5 * (second.clean - first.clean))
+    torch.testing.assert_close(third.z_s, third.clean + 0.5 * (third.clean - second.clean))
+    assert not torch.allclose(third.z_s, third.clean)
+
+
 def test_same_seed_same_structures_and_equivariance_of_relaxation(untrained, ethanol):
     first, again, other = (generate(untrained, 2, evaluations=4, seed=s).positions for s in (3, 3, 4))
     assert torch.equal(first, again)
@@ -220,6 +232,7 @@ def test_same_seed_same_structures_and_equivariance_of_relaxation(untrained, eth
         ({"compositions": ["CH4", "H2O"], "n": 3}, "one for all"),
         ({"sampler": "ancestral", "level": "other"}, "unknown level"),
         ({"sampler": "direct", "strength": -1.0}, "strength"),
+        ({"sampler": "direct", "momentum": 1.0}, "momentum must be at least 0 and less than 1"),
     ],
 )
 def test_wrong_requests_are_refused(untrained, arguments, message):
