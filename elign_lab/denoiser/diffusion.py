@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elign_lab.denoiser.egnn import EGNN, GNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.denoiser.schedule import NoiseSchedule, Transition
-from elign_lab.denoiser.threads import shares, thread_map
+from elign_lab.denoiser.threads import thread_map
 from elign_lab.molecules import MoleculeBatch, symbol, zero_com, zero_com_noise
 
 # pairs of atoms times features squared, for each thread: below, the interpreter's lock costs more than it saves
@@ -169,9 +169,9 @@ class Denoiser(nn.Module):
         self._check_inputs(z, t, mask, context)
         if isinstance(self.network, GNN):
             return self._eps_gnn(z, t, mask, context)
-        if layout is None and self._worth_threads(mask):
-            return self._eps_threads(z, t, mask, context)
         layout = layout or Layout(mask)
+        if self._worth_threads(layout):
+            return self._eps_threads(z, t, layout, context)
         rows = layout.pack(z)
         x, h = rows[:, :3], [rows[:, 3:]]
         if self.config.condition_time:
@@ -182,20 +182,21 @@ class Denoiser(nn.Module):
         out = torch.cat([layout.center(x_out - x), h_out[:, : self.config.channels] * layout.row_mask.to(z.dtype)], 1)
         return layout.unpack(out)
 
-    def _worth_threads(self, mask: Tensor) -> bool:
+    def _worth_threads(self, layout: Layout) -> bool:
         """Whether shares of the molecules in one thread each are faster than threads that share every operation."""
-        if mask.device.type != "cpu" or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+        threads = torch.get_num_threads()
+        if layout.mask.device.type != "cpu" or torch.is_grad_enabled() or not 1 < threads <= layout.shape[0]:
             return False
-        pairs = float(mask.sum(1).square().sum()) / torch.get_num_threads()
-        return pairs * self.config.features**2 > MIN_WORK and mask.shape[0] >= torch.get_num_threads()
+        return layout.pairs * self.config.features**2 > threads * MIN_WORK
 
-    def _eps_threads(self, z: Tensor, t: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
-        def share(members: Tensor) -> Tensor:
-            part = None if context is None else context[members]
-            return self.eps(z[members], t[members], mask[members], context=part, layout=Layout(mask[members]))
+    def _eps_threads(self, z: Tensor, t: Tensor, layout: Layout, context: Tensor | None) -> Tensor:
+        def eps(share: tuple[Tensor, Layout]) -> Tensor:
+            members, part = share
+            given = None if context is None else context[members]
+            return self.eps(z[members], t[members], part.mask, context=given, layout=part)
 
-        members = shares(mask.sum(1), torch.get_num_threads())
-        return torch.cat(thread_map(share, members))[torch.argsort(torch.cat(members))]
+        shares = layout.shares(torch.get_num_threads())
+        return torch.cat(thread_map(eps, shares))[torch.argsort(torch.cat([members for members, _ in shares]))]
 
     def _eps_gnn(self, z: Tensor, t: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         b, n = mask.shape

@@ -41,7 +41,8 @@ class Layout:
         if mask.dim() != 2:
             raise ValueError(f"mask must have shape (B, N), got {tuple(mask.shape)}")
         on_gpu = mask.device.type != "cpu"
-        self.shape = tuple(mask.shape)
+        self.mask, self.shape = mask, tuple(mask.shape)
+        self._shares: dict[int, list[tuple[Tensor, Layout]]] = {}
         host = mask.detach().cpu().numpy().astype(bool)
         sizes = host.sum(1)
         plan = _plan(
@@ -94,6 +95,14 @@ class Layout:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             return empty, empty
         return torch.cat(receiver), torch.cat(sender)
+
+    def shares(self, threads: int) -> list[tuple[Tensor, Layout]]:
+        """The molecules dealt out by size: for each thread their indices and their layout, made once."""
+        if threads not in self._shares:
+            order = torch.argsort(self.mask.sum(1), stable=True)
+            members = [order[k::threads] for k in range(threads)]
+            self._shares[threads] = [(m, Layout(self.mask[m])) for m in members]
+        return self._shares[threads]
 
     def pack(self, dense: Tensor) -> Tensor:
         """(B, N, D) -> packed rows (rows, D); padding rows are zero."""

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from elign_lab.denoiser import Denoiser, DenoiserConfig, diffusion, threads
-from elign_lab.sampling import mask_of_sizes
+from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout, diffusion, threads
+from elign_lab.sampling import mask_of_sizes, sample
 
 SIZES = torch.tensor([5, 18, 1, 9, 23, 9, 2])
 
@@ -43,8 +43,23 @@ def test_shares_give_what_the_whole_batch_gives(with_threads, monkeypatch, conte
     torch.testing.assert_close(shared, whole.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_samples_are_made_in_shares(with_threads, monkeypatch):
+    model = Denoiser(DenoiserConfig(features=16, layers=2)).double()
+    calls = []
+    monkeypatch.setattr(
+        diffusion, "thread_map", lambda f, items: calls.append(len(items)) or threads.thread_map(f, items)
+    )
+    shared = sample(model, len(SIZES), sizes=SIZES.tolist(), steps=3, seed=1)
+    assert calls == [with_threads] * 4  # three steps and the last call, which decodes
+    monkeypatch.setattr(diffusion, "MIN_WORK", float("inf"))
+    whole = sample(model, len(SIZES), sizes=SIZES.tolist(), steps=3, seed=1)
+    torch.testing.assert_close(shared.positions, whole.positions, rtol=1e-9, atol=1e-9)
+
+
 def test_every_molecule_is_in_one_share_and_the_shares_are_alike():
-    parts = threads.shares(SIZES, 3)
+    layout = Layout(mask_of_sizes(SIZES))
+    parts = [members for members, _ in layout.shares(3)]
+    assert layout.shares(3) is layout.shares(3)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(SIZES)))
     assert [len(part) for part in parts] == [3, 2, 2]
 
