@@ -44,6 +44,14 @@ def atomic_number(element: str | int) -> int:
     return number
 
 
+def to_device(value: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on `device`; from the host to a GPU without waiting for what the GPU is doing."""
+    device = torch.device(device)
+    if value.device.type == "cpu" and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
 def zero_com(x: Tensor, mask: Tensor) -> Tensor:
     """Project positions onto the zero-centre-of-mass subspace, per molecule (paper section 2).
 
@@ -144,9 +152,10 @@ class MoleculeBatch:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MoleculeBatch:
         """Move to a device and change the dtype of the positions."""
-        return MoleculeBatch(
-            self.numbers.to(device), self.positions.to(device=device, dtype=dtype), self.mask.to(device), check=False
-        )
+        positions = self.positions.to(dtype=dtype)
+        if device is None:
+            return MoleculeBatch(self.numbers, positions, self.mask, check=False)
+        return MoleculeBatch(*(to_device(v, device) for v in (self.numbers, positions, self.mask)), check=False)
 
     def validate(self, *, max_atoms: int | None = None, elements: Iterable[int] | None = None) -> MoleculeBatch:
         """Check the content and a model's limits; returns self, or raises ValueError that names the molecule."""

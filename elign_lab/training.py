@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from torch import Tensor
 from elign_lab.muon import MuonAdamW
 
 # fields of a configuration that do not change the numbers of a step
-_LENGTH_AND_LOGGING = ("steps", "decay", "log_every", "validate_every", "checkpoint_every", "root")
+_LENGTH_AND_LOGGING = ("steps", "decay", "log_every", "validate_every", "checkpoint_every", "root", "workers")
 
 
 def step_generator(seed: int, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -202,6 +202,18 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             # an infinite norm has made the rest 0 or undefined; a branch on it would wait for the device
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
     return norm
+
+
+@contextlib.contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Let the float32 matrix products of a GPU use its tensor cores (TF32, 10 bits), inside the block."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class LossWatch:

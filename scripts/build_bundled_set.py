@@ -3,6 +3,11 @@
     python scripts/build_bundled_set.py compute --smiles qm9_smiles.txt --out runs/qm9_xtb --workers 2 --limit 36000
     python scripts/build_bundled_set.py pack --out runs/qm9_xtb --folder elign_lab/assets
 
+A larger set goes on where the bundled one ends:
+
+    python scripts/build_bundled_set.py compute --smiles qm9_smiles.txt --out runs/more --start 36000 --limit 60000
+    python scripts/build_bundled_set.py pack --out runs/more --after elign_lab/assets --folder runs/qm9_xtb_large
+
 `compute` takes the unique SMILES of the file (one a line) in an order fixed by the seed, in chunks. A finished chunk is
 on disk, so a run that was stopped goes on where it was. Rejected molecules are in chunk_*.failures.jsonl, each with the
 reason.
@@ -33,7 +38,7 @@ from scipy.optimize import minimize
 from tblite.interface import Calculator
 from tqdm import tqdm
 
-from elign_lab.datasets.bundled import save_bundled
+from elign_lab.datasets.bundled import ASSETS, load_bundled, save_bundled
 
 HARTREE = physical_constants["Hartree energy in eV"][0]
 BOHR = physical_constants["Bohr radius"][0] * 1e10  # Angstrom
@@ -166,8 +171,12 @@ def settings_of(source: Path, seed: int, chunk_size: int) -> dict[str, Any]:
     }
 
 
-def compute(source: Path, out: Path, *, workers: int, limit: int | None, seed: int, chunk_size: int) -> None:
-    """Relax the first `limit` SMILES, chunk by chunk; finished chunks are skipped."""
+def compute(
+    source: Path, out: Path, *, workers: int, limit: int | None, seed: int, chunk_size: int, start: int = 0
+) -> None:
+    """Relax the SMILES from number `start` to number `limit`, chunk by chunk; finished chunks are skipped."""
+    if start < 0 or start % chunk_size:
+        raise SystemExit(f"--start {start} is not where a chunk begins: expected a multiple of {chunk_size}")
     if not source.is_file():
         raise SystemExit(f"no such file: {source}; expected a text file with one SMILES a line")
     settings = settings_of(source, seed, chunk_size)
@@ -188,7 +197,8 @@ def compute(source: Path, out: Path, *, workers: int, limit: int | None, seed: i
     os.environ["OMP_NUM_THREADS"] = "1"  # one core a worker; inherited because the workers are spawned
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=len(smiles), unit="molecule") as bar:
-        for first in range(0, len(smiles), chunk_size):
+        bar.update(min(start, len(smiles)))
+        for first in range(start, len(smiles), chunk_size):
             chunk, path = smiles[first : first + chunk_size], out / f"chunk_{first // chunk_size:05d}.npz"
             if not is_done(path, len(chunk)):
                 save_chunk(path, list(advance(bar, pool.map(outcome, chunk, chunksize=4))))
@@ -231,15 +241,20 @@ def save_chunk(path: Path, outcomes: list[Relaxed | dict[str, str]]) -> None:
     temporary.replace(path)
 
 
-def pack(out: Path, folder: Path) -> Path:
-    """Join the chunks of `out` into the asset and its passport in `folder`."""
+def pack(out: Path, folder: Path, after: Path | None) -> Path:
+    """Join the chunks of `out`, after the packed set in folder `after` if any, into the asset and its passport."""
     paths = sorted(out.glob("chunk_*.npz"))
     if not paths:
         raise SystemExit(f"no chunk_*.npz in {out}: run compute first")
     chunks = [dict(np.load(path, allow_pickle=False)) for path in paths]
-    joined = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "tried"}
-    tried = sum(int(chunk["tried"]) for chunk in chunks)
     settings = json.loads((out / "settings.json").read_text())
+    begins = int(paths[0].stem.removeprefix("chunk_")) * settings["chunk_size"]
+    if after is not None:
+        chunks.insert(0, packed_chunk(after, settings))
+    if begins != (int(chunks[0]["tried"]) if after is not None else 0):
+        raise SystemExit(f"{out} begins with SMILES {begins}: expected --after, a packed set of just those before it")
+    tried = sum(int(chunk["tried"]) for chunk in chunks)
+    joined = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "tried"}
     script = "python scripts/build_bundled_set.py"
     return save_bundled(
         folder,
@@ -263,6 +278,23 @@ def pack(out: Path, folder: Path) -> Path:
     )
 
 
+def packed_chunk(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A packed set in the form of a chunk, if it was made with these settings."""
+    data, mmff94 = (load_bundled("all", folder, geometry) for geometry in ("xtb", "mmff94"))
+    for name in ("smiles_sha256", "seed", "chunk_size"):
+        if data.passport[name] != settings[name]:
+            raise SystemExit(f"--after {folder}: its {name} is {data.passport[name]}, here it is {settings[name]}")
+    return {
+        "tried": data.passport["smiles_tried"],
+        "smiles": data.smiles,
+        "sizes": data.sizes,
+        "numbers": data.numbers,
+        "xtb": data.positions,
+        "mmff94": mmff94.positions,
+        **data.properties,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -271,11 +303,13 @@ def main() -> None:
     run.add_argument("--out", type=Path, required=True, help="folder of the chunks")
     run.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the number of cores)")
     run.add_argument("--limit", type=int, help="number of SMILES to try (default: all)")
+    run.add_argument("--start", type=int, default=0, help="number of SMILES to leave out, computed elsewhere")
     run.add_argument("--seed", type=int, default=0, help="order of the SMILES (default 0)")
     run.add_argument("--chunk-size", type=int, default=1000, help="SMILES a file (default 1000)")
     join = commands.add_parser("pack", help="write the asset")
     join.add_argument("--out", type=Path, required=True, help="folder of the chunks")
-    join.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "elign_lab" / "assets")
+    join.add_argument("--folder", type=Path, default=ASSETS)
+    join.add_argument("--after", type=Path, help="folder of a packed set that ends where --start of this one began")
     arguments = vars(parser.parse_args())
     if arguments.pop("command") == "compute":
         compute(arguments.pop("smiles"), arguments.pop("out"), **arguments)

@@ -30,7 +30,7 @@ METHODS = {
     "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF, density fitting, grid level 1, convergence 1e-8 Hartree",
     "ani": "ANI-2x",
 }
-CHUNK = 32  # molecules that an interrupted DFT loses at most
+CHUNK = 8  # molecules that an interrupted DFT loses at most
 
 
 def samples_of(name: str, sha256: str, arguments: argparse.Namespace) -> MoleculeBatch:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from elign_lab.benchmarks.padded_egnn import padded_eps
 from elign_lab.datasets import qm9_size_histogram
-from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.denoiser import Denoiser, DenoiserConfig, Layout
 from elign_lab.sampling import mask_of_sizes
 
 MOLECULES = 64
@@ -89,14 +89,14 @@ def denoiser_text(result: dict[str, Any]) -> str:
 
 
 def _bench_model(features: int, layers: int, repeats: int, molecules: int, seed: int) -> dict[str, Any]:
-    model, z, t, mask = _problem(features, layers, molecules, seed)
+    model, z, t, mask = denoiser_problem(features, layers, molecules, seed)
     jobs: dict[Any, Callable[[], object]] = {
         **{shape: _gemm(shape) for shape in GEMMS},
-        "forward": lambda: _forward(model, z, t, mask),
+        "forward": lambda: forward(model, z, t, mask),
         "padded": lambda: _padded(model, z, t, mask),
-        "training_step": lambda: _training_step(model, z, t, mask),
+        "training_step": lambda: training_step(model, z, t, mask),
     }
-    difference = float((_forward(model, z, t, mask) - _padded(model, z, t, mask)).abs().max())
+    difference = float((forward(model, z, t, mask) - _padded(model, z, t, mask)).abs().max())
     times: dict[Any, list[float]] = {name: [] for name in jobs}
     cpu_times: dict[Any, list[float]] = {name: [] for name in jobs}
     for _ in tqdm(range(repeats), desc=f"{features} features, {layers} layers"):
@@ -133,7 +133,7 @@ def _ratios(flops: float, times: dict[Any, list[float]]) -> dict[str, float]:
     }
 
 
-def _problem(features: int, layers: int, molecules: int, seed: int) -> tuple[Denoiser, Tensor, Tensor, Tensor]:
+def denoiser_problem(features: int, layers: int, molecules: int, seed: int) -> tuple[Denoiser, Tensor, Tensor, Tensor]:
     """A model of this size, and a noisy batch with sizes from QM9's histogram."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # initial weights: PyTorch's initialisers take no generator
@@ -153,8 +153,9 @@ def _sizes(molecules: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    return model.eps(z, t, mask)
+def forward(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor, layout: Layout | None = None) -> Tensor:
+    """The forward pass that is measured."""
+    return model.eps(z, t, mask, layout=layout)
 
 
 @torch.no_grad()
@@ -162,10 +163,10 @@ def _padded(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     return padded_eps(model, z, t, mask)
 
 
-def _training_step(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor) -> None:
+def training_step(model: Denoiser, z: Tensor, t: Tensor, mask: Tensor, layout: Layout | None = None) -> None:
     """Forward and backward pass of a squared error."""
     model.zero_grad()
-    model.eps(z, t, mask).square().sum().backward()
+    model.eps(z, t, mask, layout=layout).square().sum().backward()
 
 
 def _training_extra_gb(features: int, layers: int, molecules: int, seed: int) -> float | None:
@@ -177,11 +178,11 @@ def _training_extra_gb(features: int, layers: int, molecules: int, seed: int) ->
 
 
 def _measure_extra_gb(features: int, layers: int, molecules: int, seed: int) -> float:
-    model, z, t, mask = _problem(features, layers, molecules, seed)
-    _training_step(model, z[:1], t[:1], mask[:1])  # loads the libraries' own buffers
+    model, z, t, mask = denoiser_problem(features, layers, molecules, seed)
+    training_step(model, z[:1], t[:1], mask[:1])  # loads the libraries' own buffers
     _CLEAR_PEAK.write_text("5")  # importing took more memory than is in use now
     before = _status_gb("VmRSS")
-    _training_step(model, z, t, mask)
+    training_step(model, z, t, mask)
     return _status_gb("VmHWM") - before
 
 

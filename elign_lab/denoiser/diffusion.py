@@ -17,7 +17,7 @@ from elign_lab.denoiser.egnn import EGNN, GNN
 from elign_lab.denoiser.layout import Layout
 from elign_lab.denoiser.schedule import NoiseSchedule, Transition
 from elign_lab.denoiser.threads import thread_map
-from elign_lab.molecules import MoleculeBatch, symbol, zero_com, zero_com_noise
+from elign_lab.molecules import MoleculeBatch, symbol, to_device, zero_com, zero_com_noise
 
 # pairs of atoms times features squared, for each thread: below, the interpreter's lock costs more than it saves
 MIN_WORK = 3e8
@@ -137,7 +137,7 @@ class Denoiser(nn.Module):
         batch.validate(max_atoms=self.config.max_atoms, elements=self.config.elements)
         batch = batch.to(self.device, self.dtype)
         s_x, s_h, s_c = self.config.scale
-        elements = torch.tensor(self.config.elements, device=self.device)
+        elements = to_device(torch.tensor(self.config.elements), self.device)
         one_hot = (batch.numbers.unsqueeze(-1) == elements).to(self.dtype)
         parts = [zero_com(batch.positions, batch.mask) / s_x, one_hot / s_h]
         if self.config.include_charges:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from elign_lab.denoiser.layout import Block, Layout
 
-# Graphs that torch.compile may keep: three reductions, with and without gradient, each for one and for several
-# molecules in a block and for its two precisions.
+# Graphs that torch.compile may keep: three reductions, each for one and for several molecules in a block, for small and
+# large blocks and for two precisions, with room for those of other models in the process.
 _COMPILED_GRAPHS = 64
 
 
@@ -53,13 +54,15 @@ class EdgeMLP(torch.autograd.Function):
     def forward(ctx, nodes, edge, w3, w2, b2, head, head_bias, layout: Layout, reduce: str, options: EdgeOptions):
         """One pass over the blocks; the inputs are saved, the activations are not."""
         f, dtype = w2.shape[0], options.dtype or w2.dtype
+        # detached: torch.compile makes one graph for inputs that want a gradient and one for those that do not
+        edge, w3, head, head_bias = edge.detach(), w3.detach(), head.detach(), head_bias.detach()
         receiver, sender = nodes[:, :f].contiguous(), nodes[:, f:].contiguous()
-        weights = EdgeWeights(w3, w2.to(dtype), b2.to(dtype), head.to(dtype), head_bias)
+        weights = EdgeWeights(w3, w2.detach().to(dtype), b2.detach().to(dtype), head.to(dtype), head_bias)
         forward_block = _compile(_forward_block) if options.compiled else _forward_block
         out = nodes.new_empty(layout.pairs if reduce == "score" else (layout.rows, f))
         for b in layout.blocks:
             rows, pairs = slice(b.start, b.stop), slice(b.pair_start, b.pair_stop)
-            pair_weight = _pair_weight(b, nodes.dtype)
+            pair_weight = _pair_weight(b, nodes.dtype, options.compiled)
             part = pairs if reduce == "score" else rows
             square = (b.graphs, b.size, f)
             out[part] = forward_block(
@@ -70,9 +73,10 @@ class EdgeMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         """Recompute the activations of each block and accumulate the gradients of all inputs."""
-        receiver, sender, edge, w3, w2, b2, head, head_bias = ctx.saved_tensors
+        receiver, sender, edge, w3, w2, b2, head, head_bias = (saved.detach() for saved in ctx.saved_tensors)
         f, dtype = w2.shape[0], ctx.options.dtype or w2.dtype
         weights = EdgeWeights(w3, w2.to(dtype), b2.to(dtype), head.to(dtype), head_bias)
         backward_block = _compile(_backward_block) if ctx.options.compiled else _backward_block
@@ -81,7 +85,7 @@ class EdgeMLP(torch.autograd.Function):
         totals = EdgeWeights(*(torch.zeros_like(w) for w in (w3, w2, b2, head, head_bias)))
         for b in ctx.layout.blocks:
             rows, pairs = slice(b.start, b.stop), slice(b.pair_start, b.pair_stop)
-            pair_weight = _pair_weight(b, grad.dtype)
+            pair_weight = _pair_weight(b, grad.dtype, ctx.options.compiled)
             square = (b.graphs, b.size, f)
             part = grad[pairs] if ctx.reduce == "score" else grad[rows]
             d_nodes[rows, :f], d_nodes[rows, f:], d_edge[pairs], d_weights = backward_block(
@@ -104,9 +108,10 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def _pair_weight(block: Block, dtype: torch.dtype) -> Tensor:
-    """(graphs, n, n)."""
-    return block.pair_weight.to(dtype).expand(block.graphs, block.size, block.size)
+def _pair_weight(block: Block, dtype: torch.dtype, whole: bool) -> Tensor:
+    """(graphs, n, n); `whole`: also in memory, so that torch.compile meets one kind of tensor and not two."""
+    weight = block.pair_weight.to(dtype).expand(block.graphs, block.size, block.size)
+    return weight.contiguous() if whole else weight
 
 
 # In the functions of a block all shapes are products of g, n and F, without -1 and without division: torch.compile

@@ -95,8 +95,7 @@ class CoordinateLayer(nn.Module):
         if self.tanh:
             p = torch.tanh(p) * COORDINATE_RANGE
         p = p * layout.pair_weight.to(p.dtype)
-        move = torch.zeros_like(x).index_add(0, layout.receiver, direction * p.unsqueeze(1))
-        return x + move / normalization
+        return x + layout.sum_senders(direction * p.unsqueeze(1)) / normalization
 
 
 class EquivariantBlock(nn.Module):
@@ -155,7 +154,7 @@ class EGNN(nn.Module):
         d0, options = None, EdgeOptions(self.dtype, self.compiled)
         for block in self.blocks:
             assert isinstance(block, EquivariantBlock)
-            difference = x[layout.receiver] - x[layout.sender]
+            difference = layout.differences(x)
             squared = difference.square().sum(1, keepdim=True)
             direction = difference / (torch.sqrt(squared + 1e-8) + self.norm_constant)
             distance = self.distance_embedding(squared) if self.distance_embedding else squared

@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elign_lab.molecules import to_device
+
 # Pairs per block: on a CPU the activations of a block should stay in cache, on a GPU a block should fill the device.
 CPU_BLOCK_PAIRS = 2048
 GPU_BLOCK_PAIRS = 1 << 19
+# On a GPU one padded block is faster than several launches until there is this much work; then padding costs more.
+GPU_ONE_BLOCK = 1 << 16
+GPU_PADDING = 0.3
 
 
 @dataclass(frozen=True)
@@ -31,50 +36,57 @@ class Block:
 
 
 class Layout:
-    """Packing plan of a batch, from its mask (B, N). Made once per batch; making it is the only host synchronisation.
+    """Packing plan of a batch, from its mask (B, N). Made once per batch.
 
     block_pairs bounds the pairs of a block; `padding` is the largest share of padded pairs a block may have to take in
-    molecules of another size (0: equal sizes only).
+    molecules of another size (0: equal sizes only). The plan is made on the host: for a mask on a GPU that is the only
+    synchronisation, and with the mask on the host and `device` there is none.
     """
 
-    def __init__(self, mask: Tensor, block_pairs: int | None = None, padding: float | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor,
+        block_pairs: int | None = None,
+        padding: float | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         if mask.dim() != 2:
             raise ValueError(f"mask must have shape (B, N), got {tuple(mask.shape)}")
-        on_gpu = mask.device.type != "cpu"
-        self.mask, self.shape = mask, tuple(mask.shape)
-        self._shares: dict[int, list[tuple[Tensor, Layout]]] = {}
+        device = mask.device if device is None else device
         host = mask.detach().cpu().numpy().astype(bool)
         sizes = host.sum(1)
-        plan = _plan(
-            sizes,
-            block_pairs or (GPU_BLOCK_PAIRS if on_gpu else CPU_BLOCK_PAIRS),
-            (1.0 if on_gpu else 0.0) if padding is None else padding,
-        )
+        if block_pairs is None:
+            block_pairs = CPU_BLOCK_PAIRS if device.type == "cpu" else GPU_BLOCK_PAIRS
+        if padding is None:
+            padding = 0.0 if device.type == "cpu" else 1.0 if int((sizes**2).sum()) < GPU_ONE_BLOCK else GPU_PADDING
+        self.mask, self.shape = to_device(mask, device), tuple(mask.shape)
+        self._shares: dict[int, list[tuple[Tensor, Layout]]] = {}
         nowhere = host.size  # index of a row of zeros appended to the flat batch
-        index, molecule, blocks, row, pair = [], [], [], 0, 0
-        for members, n in plan:
-            local = np.full((len(members), n), nowhere)
-            for k, m in enumerate(members):
-                local[k, : sizes[m]] = m * host.shape[1] + np.flatnonzero(host[m])
-            real = torch.from_numpy(local != nowhere)
-            if bool(real.all()):
+        # real atoms of a molecule first, in the order of its row
+        columns = np.argsort(~host, axis=1, kind="stable")
+        index, molecule, blocks, weights, row, pair = [], [], [], [], 0, 0
+        for members, n in _plan(sizes, block_pairs, padding):
+            chosen = np.asarray(members)
+            real = np.arange(n) < sizes[chosen][:, None]
+            local = np.where(real, chosen[:, None] * host.shape[1] + columns[chosen, :n], nowhere)
+            if real.all():
                 real = real[:1]
-            weight = (real[:, :, None] & real[:, None, :]) & ~torch.eye(n, dtype=torch.bool)
-            g = len(members)
-            blocks.append(Block(g, n, row, row + g * n, pair, pair + g * n * n, weight.float().to(mask.device)))
+            weight = (real[:, :, None] & real[:, None, :] & ~np.eye(n, dtype=bool)).astype(np.float32)
+            pair_weight = to_device(torch.from_numpy(weight), device)
+            g = len(chosen)
+            blocks.append(Block(g, n, row, row + g * n, pair, pair + g * n * n, pair_weight))
+            weights.append(pair_weight.expand(g, n, n).reshape(-1))
             index.append(local.reshape(-1))
-            molecule.append(np.repeat(members, n))
+            molecule.append(np.repeat(chosen, n))
             row, pair = row + g * n, pair + g * n * n
         self.blocks, self.rows, self.pairs = blocks, row, pair
         flat = np.concatenate(index) if index else np.zeros(0, dtype=int)
         owner = np.concatenate(molecule) if molecule else np.zeros(0, dtype=int)
-        self.index = torch.from_numpy(flat.astype(np.int64)).to(mask.device)
-        self.molecule = torch.from_numpy(owner.astype(np.int64)).to(mask.device)
+        self.index = to_device(torch.from_numpy(flat.astype(np.int64)), device)
+        self.molecule = to_device(torch.from_numpy(owner.astype(np.int64)), device)
         self.row_mask = (self.index != nowhere).float().unsqueeze(1)
-        self.counts = torch.from_numpy(sizes.clip(1).astype(np.float32)).to(mask.device).unsqueeze(1)
-        self.receiver, self.sender = self._pair_rows(mask.device)
-        weights = [b.pair_weight.expand(b.graphs, b.size, b.size).reshape(-1) for b in blocks]
-        self.pair_weight = torch.cat(weights) if weights else mask.new_zeros(0, dtype=torch.float32)
+        self.counts = to_device(torch.from_numpy(sizes.clip(1).astype(np.float32)), device).unsqueeze(1)
+        self.pair_weight = torch.cat(weights) if weights else torch.zeros(0, device=device)
 
     @classmethod
     def complete(cls, graphs: int, size: int, device: torch.device) -> Layout:
@@ -83,18 +95,6 @@ class Layout:
         for block in layout.blocks:
             block.pair_weight.fill_(1.0)
         return layout
-
-    def _pair_rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        receiver, sender = [], []
-        for b in self.blocks:
-            rows = torch.arange(b.start, b.stop, device=device).view(b.graphs, b.size)
-            square = (b.graphs, b.size, b.size)
-            receiver.append(rows[:, :, None].expand(square).reshape(-1))
-            sender.append(rows[:, None, :].expand(square).reshape(-1))
-        if not receiver:
-            empty = torch.zeros(0, dtype=torch.long, device=device)
-            return empty, empty
-        return torch.cat(receiver), torch.cat(sender)
 
     def shares(self, threads: int) -> list[tuple[Tensor, Layout]]:
         """The molecules dealt out by size: for each thread their indices and their layout, made once."""
@@ -117,9 +117,26 @@ class Layout:
 
     def center(self, x: Tensor) -> Tensor:
         """Subtract the mean over the real atoms of each molecule from packed rows (rows, 3); padding becomes zero."""
-        mask = self.row_mask.to(x.dtype)
-        total = x.new_zeros(self.shape[0], x.shape[1]).index_add(0, self.molecule, x * mask)
-        return (x - (total / self.counts.to(x.dtype))[self.molecule]) * mask
+        x = x * self.row_mask.to(x.dtype)
+        squares = [(x[b.start : b.stop].view(b.graphs, b.size, -1), b.size) for b in self.blocks]
+        totals = [square.sum(1).repeat_interleave(n, 0) for square, n in squares]
+        if not totals:
+            return x
+        return x - torch.cat(totals) / self.counts.to(x.dtype)[self.molecule] * self.row_mask.to(x.dtype)
+
+    # Sums and differences by block and not by index: on a GPU an indexed sum has no fixed order, so no fixed rounding.
+    def differences(self, x: Tensor) -> Tensor:
+        """x_i - x_j of each pair, for rows x (rows, D): (pairs, D)."""
+        parts = []
+        for b in self.blocks:
+            square = x[b.start : b.stop].view(b.graphs, b.size, -1)
+            parts.append((square.unsqueeze(2) - square.unsqueeze(1)).flatten(0, 2))
+        return torch.cat(parts) if parts else x.new_zeros(0, x.shape[1])
+
+    def sum_senders(self, pairs: Tensor) -> Tensor:
+        """sum_j of values (pairs, D) of the pairs i, j: (rows, D)."""
+        parts = [pairs[b.pair_start : b.pair_stop].view(b.graphs * b.size, b.size, -1).sum(1) for b in self.blocks]
+        return torch.cat(parts) if parts else pairs.new_zeros(0, pairs.shape[1])
 
 
 def _plan(sizes: np.ndarray, block_pairs: int, padding: float) -> list[tuple[list[int], int]]:

@@ -17,7 +17,7 @@ from elign_lab.datasets import BatchSampler, MoleculeDataset, load_dataset
 from elign_lab.denoiser.diffusion import Denoiser, DenoiserConfig
 from elign_lab.denoiser.egnn import EGNN
 from elign_lab.denoiser.layout import Layout
-from elign_lab.molecules import MoleculeBatch
+from elign_lab.molecules import MoleculeBatch, to_device
 from elign_lab.training import (
     ExponentialMovingAverage,
     JsonLines,
@@ -32,6 +32,7 @@ from elign_lab.training import (
     resume_run,
     save_run,
     step_generator,
+    tensor_cores,
     warmup_hold_decay,
 )
 
@@ -110,7 +111,8 @@ def pretrain(
     """Train a denoiser, or continue the run in folder `out`; returns the averaged (EMA) model.
 
     Writes out/checkpoint.pt (weights, optimiser, average, step), out/log.jsonl and out/model.safetensors (the average).
-    Stops after max_seconds or on Ctrl-C with a checkpoint, and resumes to the same numbers.
+    Stops after max_seconds or on Ctrl-C with a checkpoint, and resumes to the same numbers. On a GPU float32 products
+    go through the tensor cores (TF32), whose rounding is far below the noise of the gradient.
     """
     out = Path(out)
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -149,7 +151,7 @@ def pretrain(
     started, before, since = time.monotonic(), seconds, 0
     total_loss: float | Tensor = 0.0
     watch = LossWatch(out / "checkpoint.pt")
-    with bar, StopRequest() as stop:
+    with bar, StopRequest() as stop, tensor_cores(accelerator.device):
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
             for group in optimizer.param_groups:
@@ -193,15 +195,19 @@ def _train_step(
     optimizer: Optimizer,
     parameters: list[torch.nn.Parameter],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = batch.to(accelerator.device)
+    # nothing here waits for a GPU: the batch and its layout are made on the host while it works on the step before
     generator = step_generator(config.seed, 1, step, device=accelerator.device)
-    # times and noise of the whole batch are drawn in every process, then each takes its share
-    t = _draw_times(len(batch), config, generator)
-    z, noise, mask = model.encode(batch), model.noise(batch.mask, generator), batch.mask
+    share = torch.arange(len(batch))
     if accelerator.num_processes > 1:
         share = torch.argsort(batch.sizes, stable=True)[accelerator.process_index :: accelerator.num_processes]
-        z, noise, mask, t = z[share], noise[share], mask[share], t[share]
-    loss = model.training_loss(z, mask, t, noise, normalize=config.normalize, layout=Layout(mask)).loss.sum()
+    layout = Layout(batch.mask[share], device=accelerator.device)
+    # times and noise of the whole batch are drawn in every process, then each takes its share
+    t = _draw_times(len(batch), config, generator)
+    z = model.encode(batch)
+    noise = model.noise(to_device(batch.mask, accelerator.device), generator)
+    share = to_device(share, accelerator.device)
+    z, noise, t = z[share], noise[share], t[share]
+    loss = model.training_loss(z, layout.mask, t, noise, normalize=config.normalize, layout=layout).loss.sum()
     loss = loss * accelerator.num_processes / len(batch)
     optimizer.zero_grad()
     loss.backward()

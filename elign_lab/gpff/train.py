@@ -15,16 +15,18 @@ without it, the levels under the accuracy of the network would drown the others.
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from elign_lab.datasets import BatchSampler, MoleculeDataset, load_dataset
@@ -46,6 +48,7 @@ from elign_lab.training import (
     resume_run,
     save_run,
     step_generator,
+    tensor_cores,
     warmup_hold_decay,
 )
 
@@ -75,6 +78,7 @@ class TrainConfig:
     partial: float = 0.2
     rotate: bool = True
     exchange: bool = True
+    workers: int = 0  # processes that make batches ahead, which a GPU needs; the numbers do not depend on it
     seed: int = 0
     log_every: int = 100
     validate_every: int = 1_000
@@ -82,10 +86,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 (this process) or more, got {self.workers}")
 
 
 def gpff_mini() -> TrainConfig:
-    """The small model that comes with the package."""
+    """The size of the model that comes with the package, whose passport has the settings of its own run."""
     return TrainConfig()
 
 
@@ -131,7 +137,7 @@ def train(
     if (out / "checkpoint.pt").exists():
         step, seconds = resume_run(out / "checkpoint.pt", config, model, optimizer, ema)
     log = JsonLines(out / "log.jsonl", "step", step) if accelerator.is_main_process else None
-    batches = BatchSampler(data.sizes, config.batch_size, config.seed).stream(step)
+    batches = _loader(data, config, accelerator, step)
 
     def checkpoint() -> None:
         if not accelerator.is_main_process:
@@ -145,14 +151,14 @@ def train(
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=hidden)
     started, before = time.monotonic(), seconds
     curve, watch = DecadeMeans(config.model), LossWatch(out / "checkpoint.pt")
-    with bar, StopRequest() as stop:
+    with bar, StopRequest() as stop, tensor_cores(accelerator.device):
         while step < config.steps:
             factor = warmup_hold_decay(step, config.warmup, config.steps, config.decay)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
-            norm = _train_step(
-                model, data.batch(next(batches)), step, config, accelerator, optimizer, parameters, curve
-            )
+            perturbed = next(batches)
+            assert perturbed.step == step
+            norm = _train_step(model, perturbed, config, accelerator, optimizer, parameters, curve)
             ema.update(parameters)
             step += 1
             seconds = before + time.monotonic() - started
@@ -187,15 +193,17 @@ class DecadeMeans:
         self.sums = torch.zeros(2, len(self.names))
 
     def add(self, sigma: Tensor, loss: Tensor) -> None:
-        """Add the losses (B,) of molecules at noise levels (B,)."""
-        decade = (sigma.log10().floor().long() - self.first).clamp(0, len(self.names) - 1).cpu()
-        self.sums[0].index_add_(0, decade, loss.detach().cpu())
-        self.sums[1].index_add_(0, decade, torch.ones(len(decade)))
+        """Add the losses (B,) of molecules at noise levels (B,); does not wait for a GPU."""
+        self.sums = self.sums.to(loss.device)
+        decade = (sigma.log10().floor().long() - self.first).clamp(0, len(self.names) - 1)
+        member = decade.unsqueeze(1) == torch.arange(len(self.names), device=loss.device)
+        values = torch.stack([loss.detach(), torch.ones_like(loss)]).to(self.sums.dtype).unsqueeze(2)
+        self.sums += torch.where(member, values, 0.0).sum(1)
 
     def take(self, accelerator: Accelerator) -> dict[str, Any]:
         """The means since the last call, over all processes."""
         total, count = accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
-        self.sums.zero_()
+        self.sums = torch.zeros_like(self.sums)
         means = (total / count).tolist()
         by_decade = {name: mean for name, mean, n in zip(self.names, means, count.tolist(), strict=True) if n}
         return {"loss": float(total.sum() / count.sum()), "decades": by_decade}
@@ -221,27 +229,75 @@ def loss_per_molecule(
     return weight(sigma, model.config.spread, floor) * error.square().sum((1, 2)) / degrees
 
 
+class Perturbed(NamedTuple):
+    """What step `step` trains on: references, noisy structures x and nearest images (B, N, 3), noise levels (B,)."""
+
+    step: int
+    numbers: Tensor
+    positions: Tensor
+    mask: Tensor
+    x: Tensor
+    image: Tensor
+    sigma: Tensor
+
+
+class PerturbedBatches(IterableDataset[Perturbed]):
+    """The batches of a run from step `first` on, this process's share of each; among workers they are dealt out."""
+
+    def __init__(self, data: MoleculeDataset, config: TrainConfig, first: int, share: slice) -> None:
+        self.data, self.config, self.first, self.share = data, config, first, share
+
+    def __iter__(self) -> Iterator[Perturbed]:
+        worker = get_worker_info()
+        offset, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        chosen = BatchSampler(self.data.sizes, self.config.batch_size, self.config.seed).stream(self.first)
+        for k, indices in enumerate(chosen):
+            if k % stride == offset:
+                yield self._make(self.data.batch(indices), self.first + k)
+
+    def _make(self, batch: MoleculeBatch, step: int) -> Perturbed:
+        c, generator = self.config, step_generator(self.config.seed, 1, step)
+        # levels and noise of the whole batch are drawn in every process, then each takes its share
+        sigma = draw_sigma(len(batch), c.model.sigma_min, c.model.sigma_max, generator)
+        part = torch.rand(len(batch), generator=generator) < c.partial
+        x = perturb(batch, sigma, generator, free=partial_noise(batch, part, generator))
+        x, sigma = x[self.share], sigma[self.share]
+        numbers, positions, mask = (v[self.share] for v in (batch.numbers, batch.positions, batch.mask))
+        batch = MoleculeBatch(numbers, positions, mask, check=False)
+        image = nearest_image(batch, x, exchange=(sigma > EXCHANGE_FROM) & c.exchange, rotate=c.rotate)
+        return Perturbed(step, batch.numbers, batch.positions, batch.mask, x, image, sigma)
+
+
+def _loader(data: MoleculeDataset, config: TrainConfig, accelerator: Accelerator, step: int) -> Iterator[Perturbed]:
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    batches = PerturbedBatches(data, config, step, share)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # else it takes a number from the global one
+    )
+    return iter(loader)
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the parent stops after a step that is whole."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _train_step(
     model: PseudoForceField,
-    batch: MoleculeBatch,
-    step: int,
+    perturbed: Perturbed,
     config: TrainConfig,
     accelerator: Accelerator,
     optimizer: Optimizer,
     parameters: Sequence[Tensor],
     curve: DecadeMeans,
 ) -> Tensor:
-    generator = step_generator(config.seed, 1, step)
-    # levels and noise of the whole batch are drawn in every process, then each takes its share
-    sigma = draw_sigma(len(batch), config.model.sigma_min, config.model.sigma_max, generator)
-    part = torch.rand(len(batch), generator=generator) < config.partial
-    x = perturb(batch, sigma, generator, free=partial_noise(batch, part, generator))
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    x, sigma = x[share], sigma[share]
-    batch = MoleculeBatch(batch.numbers[share], batch.positions[share], batch.mask[share], check=False)
-    image = nearest_image(batch, x, exchange=(sigma > EXCHANGE_FROM) & config.exchange, rotate=config.rotate)
-    batch = batch.to(accelerator.device)
-    x, image, sigma = (value.to(accelerator.device) for value in (x, image, sigma))
+    numbers, positions, mask, x, image, sigma = (v.to(accelerator.device, non_blocking=True) for v in perturbed[1:])
+    batch = MoleculeBatch(numbers, positions, mask, check=False)
     losses = loss_per_molecule(model, batch, x, image, sigma, config.floor)
     optimizer.zero_grad()
     # divided by the intended share, so that uneven shares average to the mean over the batch

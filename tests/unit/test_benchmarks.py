@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elign_lab.benchmarks import bench_denoiser, denoiser_text, forward_flops, padded_eps
+from elign_lab.benchmarks import (
+    bench_denoiser,
+    bench_denoiser_cuda,
+    denoiser_cuda_text,
+    denoiser_text,
+    forward_flops,
+    padded_eps,
+)
 from elign_lab.denoiser import Denoiser, DenoiserConfig
 from elign_lab.sampling import mask_of_sizes
 
@@ -57,6 +64,19 @@ def test_operation_count_against_a_profile():
     # the packed blocks hold the n self pairs as well; the counter sees no matrix-vector products
     seen, counted = counter.get_total_flops(), forward_flops(model.config, sizes)
     assert 0.95 <= seen / counted <= 1.15
+
+
+def test_gpu_benchmark_measures_every_precision():
+    result = bench_denoiser_cuda(repeats=1, models=((16, 1),), molecules=9, device="cpu", compiled=(False,))
+    rows = {row["precision"]: row for row in result["rows"]}
+    assert list(rows) == ["float32", "tf32", "bfloat16"]
+    assert rows["float32"]["difference_from_cpu"] == 0
+    assert 1e-5 < rows["bfloat16"]["difference_from_cpu"] < 0.1
+    for row in rows.values():
+        assert row["forward_share"] == pytest.approx(row["forward_flop"] / row["forward_s"] / row["gemm_tflops"] / 1e12)
+        assert row["training_flop"] == 3 * row["forward_flop"]
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert len(denoiser_cuda_text(result).splitlines()) == 5
 
 
 def test_benchmark_has_every_figure():

@@ -109,6 +109,22 @@ def test_bad_sampling_input(model_file, arguments, text, capsys):
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_benchmark_without_a_gpu(capsys):
+    assert main(["bench", "denoiser", "--device", "cuda"]) == 2
+    assert "--device cuda cannot be used" in capsys.readouterr().err
+
+
+def test_batch_size_changes_the_noise_and_not_the_sizes(model_file, tmp_path):
+    found = []
+    for size in ("2", "64"):
+        path = tmp_path / f"{size}.npz"
+        assert main(["sample", "--model", model_file, "--n", "5", "--batch-size", size, "--out", str(path)]) == 0
+        found.append(np.load(path))
+    assert (found[0]["mask"] == found[1]["mask"]).all()
+    assert (found[0]["positions"] != found[1]["positions"]).any()
+
+
 def test_unknown_names(model_file, tmp_path, capsys):
     assert main(["evaluate", "--model", model_file, "--n", "1", "--steps", "5", "--oracle", "tarot"]) == 2
     assert "unknown oracle 'tarot'" in capsys.readouterr().err

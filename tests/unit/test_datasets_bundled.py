@@ -140,10 +140,25 @@ def test_script_resumes_and_packs(tmp_path, script):
 
     failures = "".join(path.read_text() for path in (tmp_path / "out").glob("*.failures.jsonl"))
     assert json.loads(failures) == {"smiles": "[CH3]", "reason": "radical"}
-    script.pack(tmp_path / "out", tmp_path / "assets")
+    script.pack(tmp_path / "out", tmp_path / "assets", None)
     data = load_dataset("bundled", split="all", root=tmp_path / "assets")
     assert set(data.smiles) == set(smiles) - {"[CH3]"}
     assert data.passport["smiles_tried"] == 8
+
+    # in two parts: the first packed, the second computed from there on
+    (tmp_path / "rest").mkdir()
+    shutil.copy(tmp_path / "out" / "settings.json", tmp_path / "rest")
+    for path in (tmp_path / "out").glob("chunk_00002.npz"):
+        shutil.move(path, tmp_path / "rest")
+    script.pack(tmp_path / "out", tmp_path / "part", None)
+    script.pack(tmp_path / "rest", tmp_path / "both", tmp_path / "part")
+    joined = load_dataset("bundled", split="all", root=tmp_path / "both")
+    assert joined.smiles.tolist() == data.smiles.tolist()
+    np.testing.assert_allclose(joined.positions, data.positions, atol=2.6e-4)  # a step of the packed positions
+    np.testing.assert_array_equal(joined.properties["energy"], data.properties["energy"])
+    assert joined.passport["smiles_tried"] == 8
+    with pytest.raises(SystemExit, match="not where a chunk begins"):
+        script.compute(tmp_path / "list.txt", tmp_path / "out", workers=1, limit=8, seed=0, chunk_size=3, start=4)
 
 
 def test_damaged_and_missing_asset(tmp_path):

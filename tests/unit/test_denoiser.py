@@ -159,6 +159,31 @@ def test_edge_mlp_gradcheck():
         )
 
 
+def test_sums_over_pairs_equal_those_by_index():
+    """Blocks of equal and of unequal sizes, atoms in between missing, a molecule without atoms."""
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]).bool()
+    for padding in (0.0, 1.0):
+        layout = Layout(mask, padding=padding)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(layout.rows, 3, generator=generator, dtype=torch.float64)
+        receiver, sender = [], []
+        for b in layout.blocks:
+            for i in range(b.start, b.stop):
+                first = b.start + (i - b.start) // b.size * b.size
+                receiver += [i] * b.size
+                sender += range(first, first + b.size)
+        receiver, sender = torch.tensor(receiver), torch.tensor(sender)
+        torch.testing.assert_close(layout.differences(x), x[receiver] - x[sender])
+        values = torch.randn(layout.pairs, 2, generator=generator, dtype=torch.float64)
+        expected = torch.zeros(layout.rows, 2, dtype=torch.float64).index_add(0, receiver, values)
+        torch.testing.assert_close(layout.sum_senders(values), expected)
+        centred = layout.unpack(layout.center(x))
+        torch.testing.assert_close(centred.sum(1), torch.zeros(5, 3, dtype=torch.float64))
+        assert not centred[~mask].any()
+        moved = layout.unpack(x * layout.row_mask) - centred
+        assert all((moved[m][mask[m]].std(0, correction=0) < 1e-12).all() for m in (0, 1, 3, 4))  # one shift each
+
+
 def test_bfloat16_products_stay_close(batch):
     model = make()
     z, t = state(model, batch)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from elign_lab.cli import main
 from elign_lab.datasets import load_dataset
 from elign_lab.gpff import GPFFConfig, PseudoForceField, load_force_field
 from elign_lab.gpff.pseudo_forces import nearest_image, perturb
-from elign_lab.gpff.train import TrainConfig, decades, errors, loss_per_molecule, train, weight
+from elign_lab.gpff.train import PerturbedBatches, TrainConfig, decades, errors, loss_per_molecule, train, weight
 from elign_lab.painn import PaiNNConfig
 from elign_lab.training import read_json_lines
 
@@ -41,10 +43,10 @@ def test_interrupted_run_continues_to_the_same_numbers(tmp_path, monkeypatch):
     original = module._train_step
     for stop in (3, 11, 18):
 
-        def interrupted(model, batch, step, *args, stop=stop):
-            if step == stop:
+        def interrupted(model, perturbed, *args, stop=stop):
+            if perturbed.step == stop:
                 signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
-            return original(model, batch, step, *args)
+            return original(model, perturbed, *args)
 
         monkeypatch.setattr(module, "_train_step", interrupted)
         train(CONFIG, tmp_path / "rough", progress=False)
@@ -112,6 +114,16 @@ class _Exact:
 
     def __call__(self, numbers, x, mask):
         return 2 * (self.image - x)
+
+
+def test_batches_do_not_depend_on_the_workers():
+    batches = PerturbedBatches(load_dataset("bundled", split="validation"), CONFIG, 3, slice(None))
+    alone = list(itertools.islice(batches, 5))
+    dealt = itertools.islice(DataLoader(batches, batch_size=None, num_workers=2), 5)
+    for one, other in zip(alone, dealt, strict=True):
+        assert one.step == other.step
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    assert [one.step for one in alone] == [3, 4, 5, 6, 7]
 
 
 def test_decades_and_errors(tmp_path):
