@@ -155,7 +155,9 @@ class MoleculeBatch:
         positions = self.positions.to(dtype=dtype)
         if device is None:
             return MoleculeBatch(self.numbers, positions, self.mask, check=False)
-        return MoleculeBatch(*(to_device(v, device) for v in (self.numbers, positions, self.mask)), check=False)
+        return MoleculeBatch(
+            to_device(self.numbers, device), to_device(positions, device), to_device(self.mask, device), check=False
+        )
 
     def validate(self, *, max_atoms: int | None = None, elements: Iterable[int] | None = None) -> MoleculeBatch:
         """Check the content and a model's limits; returns self, or raises ValueError that names the molecule."""

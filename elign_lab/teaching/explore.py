@@ -9,6 +9,7 @@ import ipywidgets
 import traitlets
 
 from elign_lab.teaching.figure import Figure
+from elign_lab.widgets.errors import raise_in_tests
 from elign_lab.widgets.live import alert_html
 from elign_lab.widgets.panels.base import Chart
 
@@ -64,7 +65,9 @@ class Explorer(ipywidgets.VBox):
             self.last_error = ""
         except Exception as error:  # a slider has no caller that could see it
             self.last_error = f"{type(error).__name__}: {error}"
-        self._alert.value = alert_html(self.last_error)
+            raise_in_tests(error)
+        finally:
+            self._alert.value = alert_html(self.last_error)
 
 
 def _slider(name: str, value: float, least: float, largest: float, step: float) -> ipywidgets.Widget:

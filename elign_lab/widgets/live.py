@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 import ipywidgets
 import traitlets
 
+from elign_lab.widgets.errors import raise_in_tests
+
 T = TypeVar("T")
 
 _REFRESH_SECONDS = 0.1  # the progress bar is updated at most ten times a second
@@ -177,6 +179,7 @@ class Live(ipywidgets.VBox, Generic[T]):
         except Exception as error:  # a button has no caller that could see it
             self._fail(error)
             self._refresh()
+            raise_in_tests(error)
 
     def _refresh(self) -> None:
         self._last_refresh = time.monotonic()

@@ -23,6 +23,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, MoleculeBatch, atomic_number
+from elign_lab.widgets.errors import raise_in_tests
 from elign_lab.widgets.static import (
     ELEMENT_COLORS,
     Drawing,
@@ -372,6 +373,7 @@ class MoleculeViewer(anywidget.AnyWidget):
                 callback(atom)
         except Exception as error:  # a click has no caller that could catch it
             self._report(error)
+            raise_in_tests(error)
 
     def _dragged(self, content: dict[str, Any]) -> None:
         """Move the atom and tell the callbacks; a bad message moves nothing and is shown as an error."""
@@ -388,6 +390,7 @@ class MoleculeViewer(anywidget.AnyWidget):
                         self._send_frames([(drag.panel, drag.frame)])
         except Exception as error:  # as in _click
             self._report(error)
+            raise_in_tests(error)
         finally:
             self.send({"kind": "dragged"})  # the view may send the next one
 

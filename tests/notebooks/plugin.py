@@ -1,9 +1,11 @@
-"""pytest plugin for the notebooks: their kernels have no network, and a table of size, time and memory is printed.
+"""pytest plugin for the notebooks: no network, no swallowed error, limited memory; a table of what each one used.
 
 `pytest -p tests.notebooks.plugin --nbval-lax ... notebooks`, as in the Makefile: it rides on nbval's own run of the
 notebooks, so that nothing is executed twice. A cell that tries to leave the machine fails, also when it catches the
-error. Time is a figure to look at and no test: machines differ. Memory is the peak of the kernel and of its worker
-processes that are there at the end of a cell, each at its own peak; `-` where the system has no /proc.
+error; so does one whose callback raises, although the widget shows the error (`elign_lab.widgets.errors`), and one
+after which the notebook is over MEMORY_LIMIT. Memory is the peak of the kernel and of its worker processes that are
+there at the end of a cell, each at its own peak; `-`, and no test, where the system has no /proc. Time is a figure to
+look at and no test: machines differ, and are shared.
 With pytest-xdist (`-n`) notebooks run side by side, by `--dist loadfile`, since the cells of one share its kernel.
 """
 
@@ -23,6 +25,8 @@ import pytest
 
 OFFLINE = Path(__file__).with_name("offline")
 VARIABLE = "ELIGN_LAB_REFUSED"
+RAISE = "ELIGN_LAB_RAISE"  # elign_lab.widgets.errors.VARIABLE; its import would bring torch into pytest
+MEMORY_LIMIT = 1_500_000_000  # bytes
 
 
 @dataclass
@@ -62,9 +66,17 @@ class Plugin:
         report = yield
         if call.when == "call":
             use, kernel = self.used[item.path], getattr(item.parent, "kernel", None)
-            use.memory = max(use.memory, peak_memory(kernel.km.provisioner.pid) if kernel else 0)
+            before, use.memory = use.memory, max(use.memory, peak_memory(kernel.km.provisioner.pid) if kernel else 0)
+            problems = []
             if attempts := self.refused():
-                report.outcome, report.longrepr = "failed", f"the notebook tried the network: {', '.join(attempts)}"
+                problems.append(f"the notebook tried the network: {', '.join(attempts)}")
+            if before <= MEMORY_LIMIT < use.memory:  # the cell that did it, and not all that follow
+                problems.append(
+                    f"the notebook's peak memory is {use.memory / 1e6:.0f} MB, the limit is {MEMORY_LIMIT / 1e6:.0f} MB"
+                )
+            if problems:
+                own = [str(report.longrepr)] if report.failed else []
+                report.outcome, report.longrepr = "failed", "\n".join([*own, *problems])
         return report
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -115,11 +127,12 @@ def peak_memory(pid: int) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels inherit the environment of pytest: put the block on their path."""
+    """Kernels inherit the environment of pytest: put the block on their path, and let callbacks raise."""
     folder = tempfile.TemporaryDirectory(prefix="elign_lab_")
     log = Path(folder.name) / "refused.txt"
     patch = pytest.MonkeyPatch()
     patch.setenv(VARIABLE, str(log))
+    patch.setenv(RAISE, "1")
     patch.setenv("PYTHONPATH", str(OFFLINE), prepend=os.pathsep)
     config.pluginmanager.register(Plugin(log), "elign_lab_notebooks")
     config.add_cleanup(folder.cleanup)

@@ -1,4 +1,4 @@
-"""The plugin of the notebooks, proven on notebooks made here: it blocks, it tells, and local sockets still work."""
+"""The plugin of the notebooks, proven on notebooks made here: what it blocks, fails and tells, and what still works."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+
+from elign_lab.widgets.errors import VARIABLE
+from tests.notebooks import plugin
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = "192.0.2.1"  # RFC 5737: an address that nobody has
@@ -46,13 +49,35 @@ message = subprocess.run([sys.executable, "-c", code], capture_output=True, text
 assert "the network is blocked" in message, message
 """,
 }
+CALLBACKS = [  # the second and the third cell make a callback raise
+    """
+from elign_lab.widgets import Live
+from elign_lab.widgets.panels.base import Panel
+class Moved(Panel):
+    def __init__(self):
+        super().__init__("moved", "", [])
+        self.observe(self._closed, "box_style")
+    def _closed(self, change):
+        with self._shown():
+            1 / 0
+panel, live = Moved(), Live(iter([1]))
+live.start().wait(10)
+""",
+    "panel.box_style = 'info'",
+    "live.children[0].children[0].click()",
+    "assert 'ZeroDivisionError' in panel.last_error and 'run once' in live.last_error",
+]
+LIMIT = 900_000_000  # bytes: under the real limit, so that the test is quick, and over what importing torch takes
+LARGE = ["1", f"large = b'x' * {LIMIT}", "del large"]
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> str:
-    """What pytest prints about a quiet and a leaky notebook."""
+    """What pytest prints about good and bad notebooks."""
     folder = tmp_path_factory.mktemp("notebooks")
-    for name, cells in (("quiet", QUIET), ("leaky", LEAKY.values())):
+    (folder / "conftest.py").write_text(f"from tests.notebooks import plugin\nplugin.MEMORY_LIMIT = {LIMIT}\n")
+    made = {"quiet": QUIET, "leaky": LEAKY.values(), "callbacks": CALLBACKS, "large": LARGE}
+    for name, cells in made.items():
         notebook = new_notebook(cells=[new_code_cell(source.strip()) for source in cells])
         nbformat.write(notebook, folder / f"{name}.ipynb")
     options = ["-p", "tests.notebooks.plugin", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-rA"]
@@ -75,9 +100,23 @@ def test_every_attempt_fails_its_cell(output):
         assert f"the notebook tried the network: socket.{event} {host}" in output
 
 
+def test_an_error_of_a_callback_is_shown_and_fails_its_cell(output):
+    assert re.findall(r"FAILED .*callbacks\.ipynb::Cell (\d)", output) == ["1", "2"]
+    assert re.findall(r"PASSED .*callbacks\.ipynb::Cell (\d)", output) == ["0", "3"]
+    assert plugin.RAISE == VARIABLE
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_the_cell_that_takes_too_much_memory_fails(output):
+    assert re.findall(r"FAILED .*large\.ipynb::Cell (\d)", output) == ["1"]
+    [peak] = set(re.findall(r"the notebook's peak memory is (\d+) MB, the limit is 900 MB", output))
+    assert 900 < int(peak) < 1100
+    assert plugin.MEMORY_LIMIT == 1.5e9
+
+
 def test_the_table_names_size_time_and_memory(output):
     table = output[output.index("notebooks: size, time, memory") :]
-    for name in ("quiet", "leaky"):
+    for name in ("quiet", "leaky", "callbacks", "large"):
         row = re.search(rf"{name} +(\d+) +(\d+\.\d) +(\d+|-)$", table, re.MULTILINE)
         assert row, table
         assert row[3] == "-" or int(row[3]) > 10  # MB: a kernel

@@ -457,6 +457,21 @@ def test_oracle_comparison_panel(oracle):
         OracleComparison("C", {})
 
 
+def test_a_test_of_a_notebook_gets_what_the_panel_shows(oracle, monkeypatch):
+    panel = OracleComparison("C=O", {"learned": oracle})
+    monkeypatch.setenv("ELIGN_LAB_RAISE", "1")
+    with pytest.raises(ValueError, match="not a valid SMILES"):
+        panel.smiles.value = "C(("
+    assert "not a valid SMILES" in panel.last_error
+    assert "not a valid SMILES" in panel._alert.value
+    assert (panel.smiles.value, panel.molecule.formula(0)) == ("C=O", "CH2O")
+    panel.smiles.value = "CC"
+    assert (panel.last_error, panel.molecule.formula(0)) == ("", "C2H6")
+    monkeypatch.setenv("ELIGN_LAB_RAISE", "")
+    panel.smiles.value = "C(("
+    assert "not a valid SMILES" in panel.last_error
+
+
 class Logged(Oracle):
     """Another oracle that is not a learned one, with a log of what it is asked."""
 
@@ -605,6 +620,19 @@ def test_oracles_that_cannot_be_made_are_named_with_the_reason(tmp_path):
     assert "ani" in reasons
     assert reasons["ani"]
     assert comparison.missing_html(reasons).startswith("<details class='elp-note'><summary>ani cannot be used here<")
+
+
+def test_by_default_every_oracle_that_is_installed_is_compared(oracle, monkeypatch):
+    def load(name, **options):
+        if name != "learned":
+            raise ValueError(f"no {name} here")
+        return oracle
+
+    monkeypatch.setattr(comparison, "load_oracle", load)
+    panel = OracleComparison("C=O")
+    assert repr(panel) == "OracleComparison(CH2O, learned)"
+    for name in ("xtb", "ani", "uma"):
+        assert f"<summary>{name} cannot be used here</summary>no {name} here" in panel.summary_html()
 
 
 # ---------------------------------------------------------------------- DFT

@@ -37,7 +37,7 @@ def test_a_figure_without_words_is_refused(name):
         Figure(**words)
 
 
-def test_sliders_draw_the_figure_again_and_show_what_went_wrong():
+def test_sliders_draw_the_figure_again_and_show_what_went_wrong(monkeypatch):
     def draw(power: int, scale: float) -> Figure:
         if scale == 2.0:
             raise ArithmeticError("no <figure> for 2")
@@ -58,6 +58,11 @@ def test_sliders_draw_the_figure_again_and_show_what_went_wrong():
     assert shown.chart.figure.data[0].y == (8.0,)
     scale.value = 0.5
     assert (shown.last_error, shown.children[-1].value, shown.chart.figure.data[0].y) == ("", "", (4.0,))
+    monkeypatch.setenv("ELIGN_LAB_RAISE", "1")  # as in the tests of the notebooks: shown, and raised
+    with pytest.raises(ArithmeticError, match="no <figure> for 2"):
+        scale.value = 2.0
+    assert shown.last_error == "ArithmeticError: no <figure> for 2"
+    assert "no &lt;figure&gt; for 2" in shown.children[-1].value
 
 
 @pytest.mark.parametrize("values", [(1, 2, 3, 1), (1, 0, 2, 0), (1, 0, 2)])

@@ -317,6 +317,21 @@ def test_an_error_of_a_drag_callback_is_seen_and_the_view_goes_on(path):
     assert [m["kind"] for _, m, _ in sent.messages] == ["frames", "dragged"]
 
 
+def test_a_test_of_a_notebook_gets_what_callbacks_raise(path, monkeypatch):
+    v = MoleculeViewer(path, draggable=True)
+    v.on_drag(lambda drag: 1 / 0)
+    v.on_pick(lambda atom: [][atom])
+    sent = Recorder(v)
+    monkeypatch.setenv("ELIGN_LAB_RAISE", "1")
+    with pytest.raises(ZeroDivisionError):
+        v._on_message(v, drag_message(), [])
+    assert v.last_error == "ZeroDivisionError: division by zero"
+    assert [m["kind"] for _, m, _ in sent.messages] == ["frames", "dragged"], "the view waits for an answer"
+    with pytest.raises(IndexError):
+        v._on_message(v, {"kind": "pick", "atom": 1}, [])
+    assert v.last_error == "IndexError: list index out of range"
+
+
 # ---------------------------------------------------------------------- picture and representation
 def test_the_text_is_the_same_every_time(path):
     assert repr(MoleculeViewer(path, title="run")) == "MoleculeViewer('run', C2H6O, 4 frames)"
@@ -601,6 +616,15 @@ def test_a_button_that_cannot_start_says_why():
     live.start().wait(10)
     live.children[0].children[0].click()
     assert "an iterator can be run once" in live.last_error
+
+
+def test_a_test_of_a_notebook_gets_what_a_button_raises(monkeypatch):
+    live = Live(iter([1]))
+    live.start().wait(10)
+    monkeypatch.setenv("ELIGN_LAB_RAISE", "1")
+    with pytest.raises(ValueError, match="an iterator can be run once"):
+        live._clicked("Start")  # ipywidgets catches what a click raises, and shows it where IPython runs
+    assert "an iterator can be run once" in live.children[1].value
 
 
 def _until(true, seconds: float = 10.0) -> None:

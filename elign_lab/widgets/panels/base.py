@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 import traitlets
 
 from elign_lab.teaching.figure import COLORS
+from elign_lab.widgets.errors import raise_in_tests
 
 _CSS = Path(__file__).with_name("panels.css").read_text()
 _GREY = "#8a93a3"  # legible on white and on black: a figure does not know the theme of the page
@@ -58,11 +59,15 @@ class Panel(ipywidgets.VBox):
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
-        """Show an exception in the panel instead of raising it: a browser's callback has no caller who could see it."""
+        """Show an exception in the panel instead of raising it: a browser's callback has no caller who could see it.
+
+        A test of a notebook has one, so there it is raised as well (`raise_in_tests`).
+        """
         try:
             yield
         except Exception as error:
             self.last_error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise_in_tests(error)
         else:
             self.last_error = ""
 

@@ -38,6 +38,7 @@ from elign_lab.widgets.viewer import MoleculeViewer
 FloatArray = NDArray[np.floating]
 REACH = (0.65, 2.0)  # of a bond length
 SHIFT = 0.8  # Angstrom, of an atom to each side
+DEFAULT_ORACLES = ("learned", "xtb", "ani", "uma")  # of these, what is installed
 DRAG = "drag"  # in the menu of coordinates: none of them, but the mouse
 _POINTS = 41
 _LINES = (COLORS["tilt"], COLORS["aligned"], COLORS["other"], COLORS["base"])
@@ -211,9 +212,9 @@ def usable_oracles(
 class OracleComparison(Panel):
     """Distort a molecule and compare oracles: curves of energy and force, and the forces as arrows.
 
-    molecule: a batch (its first molecule) or a SMILES string. oracles: a mapping from name to oracle; default: learned,
-    xtb and ani, as far as they can be made here (the panel says why not). `coordinate` chooses a bond to stretch or an
-    atom to move along an axis, by the frame slider of the viewer, or "drag an atom": then the mouse moves atoms, and
+    molecule: a batch (its first molecule) or a SMILES string. oracles: a mapping from name to oracle; default:
+    DEFAULT_ORACLES, as far as they can be made here (the panel says why not). `coordinate` chooses a bond to stretch or
+    an atom to move along an axis, by the frame slider of the viewer, or "drag an atom": then the mouse moves atoms, and
     `dragged` holds the structure and the answers. A SMILES that cannot be read gives a message, and the old molecule
     stays.
     """
@@ -221,7 +222,7 @@ class OracleComparison(Panel):
     def __init__(self, molecule: MoleculeBatch | str = "CCO", oracles: Mapping[str, Oracle] | None = None) -> None:
         notes: dict[str, str] = {}
         if oracles is None:
-            oracles, notes = usable_oracles(("learned", "xtb", "ani"), {"xtb": {"workers": 0}})
+            oracles, notes = usable_oracles(DEFAULT_ORACLES, {"xtb": {"workers": 0}})
         if not oracles:
             raise ValueError("oracles is empty: expected a mapping from a name to an oracle")
         self._oracles = dict(oracles)
