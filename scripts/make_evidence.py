@@ -2,8 +2,8 @@
 
 python scripts/make_evidence.py --n 128 [--ani-weights DIR] [--workers 2]
 
-The samples and DFT's answers are kept in --work: stopped and run again with the same options, the script goes on where
-it was. Another --n gives other molecules.
+The samples and DFT's answers are kept in --work, by default benchmarks/evidence of the repository: stopped and run
+again with the same options, the script goes on where it was. Another --n gives other molecules.
 """
 
 import argparse
@@ -30,6 +30,7 @@ METHODS = {
     "dft": "B3LYP/6-31G(d), RKS or UKS, PySCF, density fitting, grid level 1, convergence 1e-8 Hartree",
     "ani": "ANI-2x",
 }
+WORK = Path(__file__).parents[1] / "benchmarks" / "evidence"  # in git, so that another machine can go on
 CHUNK = 8  # molecules that an interrupted DFT loses at most
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes of the DFT oracle")
     parser.add_argument("--ani-weights", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder of what is kept")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of what is kept (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     arguments = parser.parse_args()
 

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="JSON of `elign-lab evaluate --json`")
     parser.add_argument("--weights", default="model.safetensors", help="file in the run (default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="store float16")
+    parser.add_argument("--machine", help="where the run was made (default: this machine)")
     arguments = parser.parse_args()
 
     source = arguments.run / arguments.weights
@@ -72,7 +73,8 @@ def main() -> None:
         figures=json.loads(arguments.figures.read_text()) if arguments.figures else None,
         date=datetime.now(UTC).date().isoformat(),
         commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
-        machine=f"{platform.machine()}, {platform.processor() or 'CPU'}, {torch.get_num_threads()} threads",
+        machine=arguments.machine
+        or f"{platform.machine()}, {platform.processor() or 'CPU'}, {torch.get_num_threads()} threads",
         versions={name: metadata.version(name) for name in PACKAGES},
         licence="MIT",
     )

@@ -96,7 +96,7 @@ def gpff_mini() -> TrainConfig:
 
 
 def gpff_mini_conservative() -> TrainConfig:
-    """The small model with an energy, whose gradient is the force; about three times the cost of a step."""
+    """The small model with an energy, whose gradient is the force; under twice the time of a step (docs/runs.md)."""
     return TrainConfig(model=GPFFConfig(variant="conservative"))
 
 
