@@ -193,6 +193,13 @@ class Notebook:
         )
         return x, y
 
+    def theme(self, dark: bool) -> None:
+        """Change to JupyterLab's dark or light theme, and wait until the veil that it draws meanwhile is gone."""
+        name = "JupyterLab Dark" if dark else "JupyterLab Light"
+        self.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", name)
+        self.wait_for(f"document.body.dataset.jpThemeLight === '{'false' if dark else 'true'}'")
+        self.wait_for("!document.querySelector('#jupyterlab-splash')")
+
     def picture(self, name: str) -> None:
         """A screenshot of the page."""
         self.page.screenshot(path=str(self.screenshots / f"{name}.png"))

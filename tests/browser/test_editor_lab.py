@@ -59,12 +59,6 @@ def _pick(nb, atoms: str) -> None:
     field.press("Enter")
 
 
-def _dark(nb, dark: bool) -> None:
-    theme = "JupyterLab Dark" if dark else "JupyterLab Light"
-    nb.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    nb.wait_for(f"document.body.dataset.jpThemeLight === '{'false' if dark else 'true'}'")
-
-
 def test_editor(notebook):
     nb = notebook(SETUP)
     nb.page.set_viewport_size({"width": 1280, "height": 1250})
@@ -112,9 +106,9 @@ def test_editor(notebook):
     )
     assert "eV/atom" in nb.page.locator(".elp-figures").inner_text()
     nb.picture("editor_light")
-    _dark(nb, dark=True)
+    nb.theme(dark=True)
     nb.picture("editor_dark")
-    _dark(nb, dark=False)
+    nb.theme(dark=False)
 
     # undo and redo
     _press(nb, "Undo")

@@ -33,20 +33,14 @@ def _start(nb, script: str) -> None:
     nb.page.wait_for_function(f"() => {script}", timeout=SLOW_MS)
 
 
-def _dark(nb, dark: bool = True) -> None:
-    theme = "JupyterLab Dark" if dark else "JupyterLab Light"
-    nb.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    nb.wait_for(f"document.body.dataset.jpThemeLight === '{'false' if dark else 'true'}'")
-
-
 def _both_themes(nb, name: str) -> None:
     """Screenshots of the panel by daylight and at night."""
     nb.page.set_viewport_size({"width": 1280, "height": 1500})
     nb.page.locator(".elp").scroll_into_view_if_needed()
     nb.picture(f"{name}_light")
-    _dark(nb)
+    nb.theme(dark=True)
     nb.picture(f"{name}_dark")
-    _dark(nb, dark=False)
+    nb.theme(dark=False)
 
 
 def test_reward_inspector(notebook):

@@ -99,12 +99,11 @@ def test_a_trajectory_is_drawn_moved_played_and_picked(notebook):
     assert nb.data("frame") == "20"
 
     # the dark theme draws on a dark ground
-    nb.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
-    nb.wait_for("document.body.dataset.jpThemeLight === 'false'")
+    nb.theme(dark=True)
     nb.page.wait_for_function("(b) => document.querySelector('.elv canvas').toDataURL() !== b", arg=before)
     assert nb.shades() > 500
     nb.picture("trajectory_dark")
-    nb.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' })")
+    nb.theme(dark=False)
     assert nb.data("error") == ""
 
 
