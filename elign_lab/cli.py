@@ -379,6 +379,8 @@ def _start(arguments: argparse.Namespace) -> int:
             content = student_version(json.loads(path.read_bytes()))
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             _give(arguments.folder / "assignments" / path.name, text.encode())
+    # notebooks name it: what each number of an alignment means
+    _give(arguments.folder / "docs" / "metrics.md", (_shipped("docs") / "metrics.md").read_bytes())
     print(f"now run: jupyter lab {arguments.folder}")
     return 0
 

@@ -229,6 +229,7 @@ def test_start_copies_and_never_overwrites(tmp_path, capsys):
     assert main(["start", str(folder)]) == 0
     notebook = folder / "00_quickstart.ipynb"
     assert json.loads(notebook.read_text())["nbformat"] == 4
+    assert (folder / "docs" / "metrics.md").is_file()  # which notebooks point to
     notebook.write_text("my work")
     capsys.readouterr()
     assert main(["start", str(folder)]) == 0
