@@ -29,6 +29,8 @@ from elign_lab.sampling import sample
 from elign_lab.training import read_json_lines
 
 SMALL = ["--set", "model.features=16", "--set", "model.layers=1", "--batch-size", "16", "--set", "log_every=1"]
+SMALL_FIELD = ["--batch-size", "8", "--set", "workers=1", "--set", "log_every=1"]
+SMALL_FIELD += [f"--set=model.network.{name}=8" for name in ("features", "vectors", "channels")]
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +309,21 @@ def test_pretrain_align_and_report(tmp_path, energy_file, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tmp_path):
-    command = ["pretrain", "--steps", "100000", "--out", str(tmp_path), *SMALL]
+@pytest.mark.parametrize("command", [["pretrain", *SMALL], ["gpff", "train", *SMALL_FIELD]], ids=["pretrain", "gpff"])
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(command, tmp_path):
+    command = [*command, "--steps", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "elign_lab", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "elign_lab", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 100
     log = tmp_path / "log.jsonl"
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command again to continue from the last checkpoint" in errors.splitlines()[-1]
