@@ -8,9 +8,11 @@ bound is a large matrix product in the same precision, measured in the same run.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from elign_lab.benchmarks.denoiser import MODELS, denoiser_problem, forward, forward_flops, machine, training_step
 from elign_lab.denoiser import Layout
 from elign_lab.denoiser.egnn import EGNN
+from elign_lab.training import tensor_cores
 
 GEMM = 8192  # side of the square matrices of the bound
 MOLECULES = 512
@@ -32,6 +35,10 @@ class Precision:
     name: str
     dtype: torch.dtype | None = None
     tf32: bool = False
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """A block in which products on `device` are computed so."""
+        return tensor_cores(device) if self.tf32 else nullcontext()
 
 
 PRECISIONS = (
@@ -51,21 +58,15 @@ def bench_denoiser_cuda(
 ) -> dict[str, Any]:
     """Measure each model (features, layers); times in seconds, rates in TFLOP/s, speed in molecules a second."""
     device = torch.device(device)
-    before = torch.get_float32_matmul_precision()
     rows = []
-    try:
-        for precision in PRECISIONS:
-            torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
-            gemm = _gemm_rate(precision, device, repeats)
-            for features, layers in models:
-                for how in compiled:
-                    row = _measure(features, layers, precision, how, molecules, seed, device, repeats)
-                    row["gemm_tflops"] = gemm / 1e12
-                    for job in ("forward", "training"):
-                        row[f"{job}_share"] = row[f"{job}_flop"] / row[f"{job}_s"] / gemm
-                    rows.append(row)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for precision in PRECISIONS:
+        gemm = _gemm_rate(precision, device, repeats)
+        for (features, layers), how in itertools.product(models, compiled):
+            row = _measure(features, layers, precision, how, molecules, seed, device, repeats)
+            row["gemm_tflops"] = gemm / 1e12
+            for job in ("forward", "training"):
+                row[f"{job}_share"] = row[f"{job}_flop"] / row[f"{job}_s"] / gemm
+            rows.append(row)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -101,21 +102,22 @@ def _measure(
 ) -> dict[str, Any]:
     model, z, t, mask = denoiser_problem(features, layers, molecules, seed)
     flops = forward_flops(model.config, mask.sum(1))
-    torch.set_float32_matmul_precision("highest")
     reference = forward(model, z[:8], t[:8], mask[:8])
-    torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
     model, z, t, layout = model.to(device), z.to(device), t.to(device), Layout(mask, device=device)
     assert isinstance(model.network, EGNN)
     model.network.dtype, model.network.compiled = precision.dtype, compiled
-    difference = forward(model, z[:8], t[:8], layout.mask[:8]).cpu() - reference
     problem = (model, z, t, layout.mask, layout)
+    with precision.on(device):
+        difference = forward(model, z[:8], t[:8], layout.mask[:8]).cpu() - reference
+        forward_s = _seconds(lambda: forward(*problem), device, repeats)
+        training_s = _seconds(lambda: training_step(*problem), device, repeats)
     return {
         "features": features,
         "layers": layers,
         "precision": precision.name,
         "compiled": compiled,
-        "forward_s": _seconds(lambda: forward(*problem), device, repeats),
-        "training_s": _seconds(lambda: training_step(*problem), device, repeats),
+        "forward_s": forward_s,
+        "training_s": training_s,
         "forward_flop": flops,
         "training_flop": 3 * flops,
         "difference_from_cpu": float(difference.norm() / reference.norm()),
@@ -127,7 +129,8 @@ def _gemm_rate(precision: Precision, device: torch.device, repeats: int) -> floa
     generator = torch.Generator(device).manual_seed(0)  # random: on zeros a GPU is faster
     dtype = precision.dtype or torch.float32
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    return 2.0 * side**3 / _seconds(lambda: a @ b, device, repeats)
+    with precision.on(device):
+        return 2.0 * side**3 / _seconds(lambda: a @ b, device, repeats)
 
 
 def _seconds(job: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -118,7 +118,8 @@ def train(
 
     Writes out/checkpoint.pt (weights, optimiser, average, step), out/log.jsonl (with the loss of each decade of noise)
     and out/model.safetensors (the average). Stops after max_seconds or on Ctrl-C with a checkpoint, and resumes to the
-    same numbers. Raises ValueError when the run in `out` has other settings.
+    same numbers. On a GPU float32 products go through the tensor cores, as in `pretrain`. Raises ValueError when the
+    run in `out` has other settings.
     """
     out = Path(out)
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
