@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -125,14 +126,20 @@ def _examine_packages(report: Report) -> None:
     except metadata.PackageNotFoundError:
         report.problems.append(Problem("elign-lab is not installed", REINSTALL, essential=True))
         return
+    wanted: dict[str, list[str]] = defaultdict(list)
     for text in requirements:
         package = _package(text)
         report.packages.append(package)
         if package.ok:
             continue
         state = "is missing" if package.version is None else f"is {package.version}, not {package.required}"
-        remedy = f"pip install 'elign-lab[{package.extra}]'" if package.extra else REINSTALL
-        report.problems.append(Problem(f"{package.name} {state}", remedy, essential=package.extra is None))
+        if package.extra:
+            wanted[package.extra].append(f"{package.name} {state}")
+        else:
+            report.problems.append(Problem(f"{package.name} {state}", REINSTALL, essential=True))
+    for extra, states in wanted.items():  # one line for each: nine test tools on nine lines would hide what matters
+        remedy = f"pip install 'elign-lab[{extra}]'"
+        report.problems.append(Problem(f"extra {extra}: {', '.join(states)}", remedy, essential=False))
 
 
 def _package(requirement: str) -> Package:

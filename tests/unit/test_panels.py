@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -173,7 +174,7 @@ def test_reward_inspector_panel(model, oracle):
     assert "taken from step 3" in panel.summary_html()
     assert torch.equal(panel.viewer.molecules()[0].positions[0], panel.trace.clean[4].positions[2])
     panel.viewer.frame = 7  # what the browser's slider does
-    assert {shape.x0 for shape in panel._chart.figure.select_shapes({"name": "shown now"})} == {7}
+    assert {shape.x0 for shape in panel.chart.figure.select_shapes({"name": "shown now"})} == {7}
     assert inspector.lines_html(explain(panel.trace, 2, 7)) in panel.summary_html()
     for wrong in ("step", "member"):
         with pytest.raises(ValueError, match="expected 0 to 3 and 0 to 7"):
@@ -203,6 +204,7 @@ def test_trace_figure(trace):
     band = figure.layout.shapes[3]
     assert (band.y0, band.y1) == pytest.approx((0.9, 1.1))
     assert figure.layout.xaxis3.title.text == "trained step"
+    assert [figure.layout[f"yaxis{k}"].title.text for k in (1, 2, 3)] == ["Φ(s_t) (eV/atom)", "advantage A", "ratio ρ"]
     assert (
         move_marks(figure, 2).to_dict()["layout"]["shapes"]
         == inspector.trace_figure(trace, 1, 2).to_dict()["layout"]["shapes"]
@@ -375,6 +377,8 @@ def test_learning_curves_hold_every_metric_that_was_logged():
     assert curves["force reward r_F (eV/Å), fixed evaluation set"] == ((1.5,), (-3.0,))  # after iteration 1
     assert curves["energy reward r_E (eV/atom), fixed evaluation set"] == ((), ())
     assert curves["reward validity"] == ((1,), (-0.5,))
+    assert "force reward r_F (eV/Å) from -4 to -3; " in figure.layout.meta["alt"]
+    assert figure.layout.yaxis5.title.text == "reward validity"
     assert len(dashboard.dashboard_figure([]).data) == 6
 
 
@@ -423,6 +427,10 @@ def test_scan_forces_are_the_slope_of_the_energy(oracle):
     figure = comparison.scan_figure(found, 10)
     assert [trace.name for trace in figure.data] == ["learned", "learned", "xtb", "xtb"]
     assert figure.layout.shapes[0].x0 == pytest.approx(found.values[10])
+    assert (figure.layout.yaxis.title.text, figure.layout.yaxis2.title.text) == (
+        "energy above the lowest (eV)",
+        "force RMS (eV/Å)",
+    )
 
 
 def test_a_point_that_was_refused_has_no_forces():
@@ -441,7 +449,7 @@ def test_oracle_comparison_panel(oracle):
     assert float((rest[0] - rest[1]).norm()) == pytest.approx(panel.scan.values[panel.point], abs=1e-3)
     panel.point = 0
     assert number(float(panel.scan.f_rms["learned"][0])) in panel.summary_html()
-    assert panel._chart.figure.layout.shapes[0].x0 == pytest.approx(panel.scan.values[0])
+    assert panel.chart.figure.layout.shapes[0].x0 == pytest.approx(panel.scan.values[0])
     panel.coordinate.index = len(panel.coordinate.options) - 1
     assert panel.scan.label == "atom H3 along z: shift (Å)"
     assert panel.scan.values[panel.point] == pytest.approx(0, abs=1e-9)
@@ -692,7 +700,7 @@ def test_a_chart_sends_the_figure_as_it_is():
     kl = next(trace for trace in sent["data"] if trace["name"].startswith("KL"))
     assert kl["y"] == [0.5]
     assert sent["layout"]["height"] == figure.layout.height
-    chart.draw(inspector.go.Figure())
+    chart.draw(go.Figure())
     assert chart.outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"] == []
 
 

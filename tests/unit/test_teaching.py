@@ -7,6 +7,7 @@ from IPython.utils.capture import capture_output
 
 from elign_lab.teaching import Figure
 from elign_lab.teaching.explore import explore
+from elign_lab.teaching.figure import COLORS, PANEL, faded
 
 
 def test_a_figure_shows_itself_with_its_alternative_text(monkeypatch):
@@ -15,14 +16,29 @@ def test_a_figure_shows_itself_with_its_alternative_text(monkeypatch):
     shown = []
     monkeypatch.setattr("elign_lab.teaching.figure.display", lambda bundle, raw: shown.append((bundle, raw)))
     figure._ipython_display_()
-    [(bundle, raw)] = shown
+    (bundle, raw), (words, words_raw) = shown
     assert raw
+    assert words_raw
     assert bundle["text/plain"] == "A falling line."
+    assert words == {"text/html": "<details><summary>in words</summary>A falling line.</details>"}
     content = bundle["application/vnd.plotly.v1+json"]
     assert content["layout"]["xaxis"]["title"]["text"] == "t / T"
     assert content["layout"]["yaxis"]["title"]["text"] == "energy (eV)"
     assert content["layout"]["meta"] == {"alt": "A falling line."}
     assert content["data"][0]["y"] == [2.0, 1.0]
+
+
+def test_the_look_is_that_of_the_template():
+    figure = Figure(x="x", y="y", alt="a < b")
+    look = figure.layout.template.layout
+    assert look.colorway[0] == COLORS["aligned"]
+    assert (figure.layout.margin.t, look.margin.t) == (None, 40)
+    assert Figure(x="x", y="y", alt="a", title="t").layout.margin.t == 60, "a title needs room"
+    assert "a &lt; b" in figure.words
+    panel = Figure(x="x", y="y", alt="a", template=PANEL).layout.template.layout
+    assert panel.colorway == look.colorway
+    assert panel.paper_bgcolor == "rgba(0, 0, 0, 0)"
+    assert panel.xaxis.gridcolor == faded("base", 0.25) == "rgba(138, 147, 163, 0.25)"
 
 
 def test_outside_a_notebook_display_does_not_fail():
@@ -48,6 +64,7 @@ def test_sliders_draw_the_figure_again_and_show_what_went_wrong(monkeypatch):
     assert shown.chart.figure.data[0].y == (4.0,)
     power.value = 3
     assert shown.chart.figure.data[0].y == (8.0,)
+    assert "x to the 3." in shown.children[-2].value
     bundle = shown._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert data["text/plain"].startswith("Figure with sliders for power, scale: x to the 3. Words.")
