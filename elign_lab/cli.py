@@ -704,10 +704,7 @@ def _write_molecules(molecules: MoleculeBatch, path: Path) -> None:
     elif path.suffix == ".sdf":
         molecules.to_sdf(path)
     else:
-        import numpy as np
-
-        arrays = {name: getattr(molecules, name).numpy() for name in ("numbers", "positions", "mask")}
-        np.savez_compressed(path, **arrays)
+        molecules.to_npz(path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -216,7 +216,24 @@ class MoleculeBatch:
         numbers, positions = self.numbers.cpu().numpy(), self.positions.detach().cpu().numpy()
         return [(numbers[i, m], positions[i, m]) for i, m in enumerate(self.mask.cpu().numpy())]
 
-    # ------------------------------------------------------------------ other packages
+    # ------------------------------------------------------------------ files and other packages
+    @classmethod
+    def from_npz(cls, path: str | Path, check: bool = True) -> MoleculeBatch:
+        """Read the NumPy archive that `to_npz` writes; ValueError for another file."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                numbers, positions, mask = map(torch.from_numpy, (archive[k] for k in ("numbers", "positions", "mask")))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged zip raises any of a dozen types
+            raise ValueError(f"{path} is no archive of molecules (numbers, positions, mask): {error}") from None
+        return cls(numbers, positions, mask, check=check)
+
+    def to_npz(self, path: str | Path) -> None:
+        """Write numbers, positions and mask as one NumPy archive, every digit kept."""
+        arrays = {name: getattr(self, name).detach().cpu().numpy() for name in ("numbers", "positions", "mask")}
+        np.savez_compressed(path, **arrays)
+
     @classmethod
     def from_ase(cls, atoms: Atoms | Iterable[Atoms]) -> MoleculeBatch:
         """From one ASE Atoms object or several (cell and periodicity are dropped)."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from elign_lab.alignment import AlignConfig, Trainer, cpu_mini_fine
@@ -96,7 +95,7 @@ def samples(path: Path, out: Path, budget: Budget, *, n: int, **options: Any) ->
     began, n = time.time(), 32 if budget.check else n
     steps = {"steps": 4} if budget.check else {}
     molecules = sample(model, n, batch_size=2000, **{**options, **steps})
-    np.savez_compressed(out, **{k: getattr(molecules, k).numpy() for k in ("numbers", "positions", "mask")})
+    molecules.to_npz(out)
     print(f"{out.name}: {n} molecules in {time.time() - began:.1f} s", flush=True)
 
 

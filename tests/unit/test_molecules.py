@@ -295,3 +295,18 @@ def test_rdkit_molecules_that_cannot_be_used(tmp_path):
     (tmp_path / "empty.sdf").touch()
     with pytest.raises(ValueError, match=r"no molecule in SDF.*empty\.sdf"):
         MoleculeBatch.from_sdf(tmp_path / "empty.sdf")
+
+
+def test_npz_keeps_every_digit(tmp_path):
+    batch = MoleculeBatch.from_smiles(["O", "CCO"]).to(dtype=torch.float64)
+    batch.to_npz(tmp_path / "m.npz")
+    read = MoleculeBatch.from_npz(tmp_path / "m.npz")
+    for name in ("numbers", "positions", "mask"):
+        assert torch.equal(getattr(read, name), getattr(batch, name))
+    np.savez(tmp_path / "other.npz", numbers=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("other.npz", "text.npz"):
+        with pytest.raises(ValueError, match=rf"{name} is no archive of molecules"):
+            MoleculeBatch.from_npz(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        MoleculeBatch.from_npz(tmp_path / "none.npz")
