@@ -43,8 +43,8 @@ def main() -> None:
     )
     (ROOT / "environment.yml").write_text(full + HEAD + _items([*lab, *more, FAIRCHEM]))
     small = (
-        "# Binder: what the notebooks need, in the same versions, with the CPU build of torch. No UMA, no ANI-2x (their\n"
-        "# weights are downloads) and no test tools: 1.9 GB instead of 2.5. postBuild installs the package.\n"
+        "# Binder: what the notebooks need, in the same versions, with the CPU build of torch. No UMA and no ANI-2x\n"
+        "# (their weights are downloads), no test tools: 1.9 GB instead of 2.5. postBuild installs the package.\n"
     )
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     cpu = [f"{pin}+cpu" if pin.startswith("torch==") else pin for pin in lab]

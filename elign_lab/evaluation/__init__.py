@@ -3,7 +3,15 @@
 from elign_lab.evaluation.html_report import write_html
 from elign_lab.evaluation.intervals import Interval
 from elign_lab.evaluation.physics import Physics, physics
-from elign_lab.evaluation.report import Comparison, Evaluation, GroupTest, MoleculeResults, compare, evaluate
+from elign_lab.evaluation.report import (
+    Comparison,
+    Evaluation,
+    GroupTest,
+    MoleculeResults,
+    compare,
+    evaluate,
+    group_test,
+)
 from elign_lab.evaluation.stability import StabilityResult, bond_orders, stability
 from elign_lab.evaluation.validity import novelty, rdkit_mols, smiles, uniqueness, valid_and_unique, validity
 
@@ -20,6 +28,7 @@ __all__ = [
     "bond_orders",
     "compare",
     "evaluate",
+    "group_test",
     "novelty",
     "physics",
     "rdkit_mols",

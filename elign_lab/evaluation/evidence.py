@@ -1,13 +1,13 @@
-"""The bundled evidence: the same samples of two models judged by several oracles, DFT among them (paper Figure 4).
+"""The bundled evidence: the same molecules judged by several oracles, DFT among them (paper Figure 4).
 
-DFT takes minutes a molecule, so that a class reads this table and recomputes some of it. `scripts/make_evidence.py`
-makes it; the passport beside the file says with which models, seeds, methods and versions.
+DFT takes minutes a molecule, so that a class reads these tables and recomputes some of them. EVIDENCE has samples of
+the base and the aligned model, GPFF_EVIDENCE structures of the pseudo-force field beside molecules of the data.
+`scripts/make_evidence.py` makes both; the passport beside a file says with which seeds, methods and versions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elign_lab.checkpoints import ASSETS, load_model
-from elign_lab.denoiser import Denoiser
+from elign_lab.checkpoints import ASSETS, verify_asset
 from elign_lab.evaluation.physics import physics
 from elign_lab.molecules import MoleculeBatch
-from elign_lab.oracles import Oracle, load_oracle
-from elign_lab.sampling import sample
+from elign_lab.oracles import Oracle
 
 EVIDENCE = ASSETS / "evidence.npz"
+GPFF_EVIDENCE = ASSETS / "evidence-gpff.npz"
 
 # Eight times faster than the oracle's defaults, for 0.3 meV an atom and 0.002 eV/Angstrom of f_RMS (docs/runs.md).
 DFT_SETTINGS = {"density_fit": True, "grid_level": 1, "conv_tol": 1e-8}
@@ -32,10 +31,10 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Samples of models and what oracles say of them; molecule i of every model grew from the same noise.
+    """Sets of molecules and what oracles say of them; molecules i of all sets belong together (noise, or composition).
 
-    models (K names), oracles (J names); per model a batch of M molecules; energy_per_atom (K, J, M) formation energies
-    in eV and f_rms (K, J, M) in eV/Angstrom, NaN where status (K, J, M) is not "ok".
+    models (K names of the sets), oracles (J names); per set a batch of M molecules; energy_per_atom (K, J, M) formation
+    energies in eV and f_rms (K, J, M) in eV/Angstrom, NaN where status (K, J, M) is not "ok".
     """
 
     models: tuple[str, ...]
@@ -77,10 +76,15 @@ class Evidence:
 
     @classmethod
     def load(cls, path: str | Path = EVIDENCE) -> Evidence:
-        """Read an archive that `save` wrote. Raises FileNotFoundError, or ValueError for a foreign file."""
+        """Read an archive that `save` wrote, a bundled one after a check of its hash.
+
+        Raises FileNotFoundError, or ValueError for a foreign or damaged file.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no evidence file {path}: make it with scripts/make_evidence.py")
+        if path.parent == ASSETS:
+            verify_asset(path)
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
@@ -102,33 +106,16 @@ class Evidence:
         )
 
 
-def collect(
-    models: Mapping[str, Denoiser],
-    oracles: Mapping[str, Oracle],
-    n: int,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Evidence:
-    """Sample n molecules of each model from the same sizes and the same noise, and ask every oracle about them.
-
-    steps: reverse steps of a sample (default: all). Errors: as `judge`, and what `sample` refuses.
-    """
-    _check_given(models, oracles)
-    made = {
-        name: sample(model, n, steps=steps, seed=seed, batch_size=n, progress=progress)
-        for name, model in models.items()
-    }
-    return judge(made, oracles)
-
-
 def judge(samples: Mapping[str, MoleculeBatch], oracles: Mapping[str, Oracle]) -> Evidence:
-    """Ask every oracle about the samples of every model.
+    """Ask every oracle about every set of molecules.
 
-    What an oracle cannot evaluate is NaN, with its status. Raises ValueError for no samples and for no oracle.
+    What an oracle cannot evaluate is NaN, with its status. Raises ValueError for no samples, for sets of different
+    size, and for no oracle.
     """
-    _check_given(samples, oracles)
+    if len({len(batch) for batch in samples.values()}) > 1:
+        raise ValueError(f"sets of {', '.join(str(len(b)) for b in samples.values())} molecules: expected one size")
+    if not samples or not oracles:
+        raise ValueError(f"evidence needs molecules and oracles: got {len(samples)} sets and {len(oracles)} oracles")
     answers = [
         [physics(batch.to(dtype=torch.float64), oracle) for oracle in oracles.values()] for batch in samples.values()
     ]
@@ -140,38 +127,6 @@ def judge(samples: Mapping[str, MoleculeBatch], oracles: Mapping[str, Oracle]) -
         np.stack([[answer.f_rms.numpy() for answer in row] for row in answers]),
         np.array([[answer.status for answer in row] for row in answers]),
     )
-
-
-def _check_given(models: Mapping[str, object], oracles: Mapping[str, Oracle]) -> None:
-    if not models or not oracles:
-        raise ValueError(f"evidence needs models and oracles: got {len(models)} and {len(oracles)}")
-
-
-def load_or_collect(
-    models: Sequence[str],
-    oracles: Sequence[str],
-    n: int,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    path: str | Path = EVIDENCE,
-) -> tuple[Evidence, str]:
-    """The evidence file, or, where there is none, a small evidence that is computed now; and one line that says which.
-
-    models and oracles are names for `load_model` and `load_oracle`, n is the number of molecules of each model; they
-    count for what is computed only. Errors: as `Evidence.load` for a foreign file, and as `collect`.
-    """
-    path = Path(path)
-    if path.is_file():
-        evidence, source = Evidence.load(path), f"read from {path.name}"
-    else:
-        with ExitStack() as stack:
-            asked = {name: stack.enter_context(load_oracle(name)) for name in oracles}
-            evidence = collect({name: load_model(name) for name in models}, asked, n, steps=steps, seed=seed)
-        source = f"computed now, there is no {path.name} (scripts/make_evidence.py makes it, DFT included)"
-    count = len(evidence.molecules[0])
-    judges = ", ".join(evidence.oracles)
-    return evidence, f"{source}: {count} molecules of each of {', '.join(evidence.models)}, judged by {judges}"
 
 
 def _index(names: Sequence[str], name: str, what: str) -> int:

@@ -246,7 +246,25 @@ def compare(base: Evaluation, aligned: Evaluation, *, seed: int = 0, n_boot: int
     energies, forces = (first.energy_per_atom, second.energy_per_atom), (first.f_rms, second.f_rms)
     differences["energy_per_atom_median"] = _median_difference(*energies, seed, n_boot)
     differences["f_rms_median"] = _median_difference(*forces, seed, n_boot)
-    return Comparison(base, aligned, differences, _group_test(*energies), _group_test(*forces))
+    return Comparison(base, aligned, differences, group_test(*energies), group_test(*forces))
+
+
+def group_test(base: FloatArray, aligned: FloatArray) -> GroupTest:
+    """Tests and effect sizes of two arrays of values; NaN are left out, and too few values give NaN."""
+    first, second = base[np.isfinite(base)], aligned[np.isfinite(aligned)]
+    n = (len(first), len(second))
+    if min(n) < 2:
+        return GroupTest(n, np.nan, np.nan, np.nan, np.nan)
+    ranks = mannwhitneyu(second, first)
+    spread = ((n[0] - 1) * first.var(ddof=1) + (n[1] - 1) * second.var(ddof=1)) / (sum(n) - 2)
+    gap = second.mean() - first.mean()
+    return GroupTest(
+        n,
+        mann_whitney_p=float(ranks.pvalue),
+        welch_p=float(ttest_ind(second, first, equal_var=False).pvalue),
+        cliffs_delta=float(2 * ranks.statistic / (n[0] * n[1]) - 1),
+        cohens_d=float(gap / np.sqrt(spread)) if spread > 0 else (0.0 if gap == 0 else float(np.inf * np.sign(gap))),
+    )
 
 
 def metric_labels(evaluations: Sequence[Evaluation]) -> dict[str, str]:
@@ -303,20 +321,3 @@ def _pooled_difference(base: Evaluation, aligned: Evaluation, seed: int, n_boot:
         return fractions[1] - fractions[0]
 
     return bootstrap(statistic, base.n, seed=seed, n_boot=n_boot)
-
-
-def _group_test(base: FloatArray, aligned: FloatArray) -> GroupTest:
-    first, second = base[np.isfinite(base)], aligned[np.isfinite(aligned)]
-    n = (len(first), len(second))
-    if min(n) < 2:
-        return GroupTest(n, np.nan, np.nan, np.nan, np.nan)
-    ranks = mannwhitneyu(second, first)
-    spread = ((n[0] - 1) * first.var(ddof=1) + (n[1] - 1) * second.var(ddof=1)) / (sum(n) - 2)
-    gap = second.mean() - first.mean()
-    return GroupTest(
-        n,
-        mann_whitney_p=float(ranks.pvalue),
-        welch_p=float(ttest_ind(second, first, equal_var=False).pvalue),
-        cliffs_delta=float(2 * ranks.statistic / (n[0] * n[1]) - 1),
-        cohens_d=float(gap / np.sqrt(spread)) if spread > 0 else (0.0 if gap == 0 else float(np.inf * np.sign(gap))),
-    )

@@ -1,12 +1,13 @@
-"""The bundled evidence: the file, and two of its DFT results computed again."""
+"""The bundled evidence: the files, and two of its DFT results computed again."""
 
 import numpy as np
 import pytest
 import torch
 
 from elign_lab import load_model, load_oracle, sample
+from elign_lab.checkpoints import ASSETS, read_passport
 from elign_lab.evaluation import physics
-from elign_lab.evaluation.evidence import DFT_SETTINGS, EVIDENCE, Evidence, collect, load_or_collect
+from elign_lab.evaluation.evidence import DFT_SETTINGS, EVIDENCE, GPFF_EVIDENCE, Evidence, judge
 from elign_lab.molecules import MoleculeBatch
 
 
@@ -60,43 +61,71 @@ def test_bad_requests_are_named(tmp_path):
         Evidence.load(tmp_path / "other.npz")
 
 
-def test_collected_evidence_is_what_the_oracles_say_of_the_same_seeds(tmp_path):
+def test_evidence_is_what_the_oracles_say():
     model, learned = load_model("edm-mini"), load_oracle("learned")
     strict = load_oracle("learned", max_atoms=9)
-    made = collect({"a": model, "b": model}, {"learned": learned, "strict": strict}, 3, steps=4, seed=2)
-    assert torch.equal(made.molecules[0].positions, made.molecules[1].positions)
-    assert torch.equal(made.molecules[0].positions, sample(model, 3, steps=4, seed=2).positions)
-    expected = physics(made.molecules[0].to(dtype=torch.float64), learned)
-    for name in made.models:
-        energy, force = made.of(name, "learned")
-        np.testing.assert_allclose(force, expected.f_rms.numpy())
-        np.testing.assert_allclose(energy, expected.energy_per_atom.numpy())
-        assert made.failures(name, "strict") == int((made.molecules[0].sizes > 9).sum()) > 0
-    with pytest.raises(ValueError, match="got 1 and 0"):
-        collect({"a": model}, {}, 3)
-    read, source = load_or_collect(("x",), ("y",), 1, path=made.save(tmp_path / "evidence.npz"))
-    assert read.models == ("a", "b")
-    assert source == "read from evidence.npz: 3 molecules of each of a, b, judged by learned, strict"
+    batch = sample(model, 3, steps=4, seed=2)
+    made = judge({"a": batch, "b": batch[[2, 1, 0]]}, {"learned": learned, "strict": strict})
+    expected = physics(batch.to(dtype=torch.float64), learned)
+    energy, force = made.of("a", "learned")
+    np.testing.assert_allclose(force, expected.f_rms.numpy())
+    np.testing.assert_allclose(energy, expected.energy_per_atom.numpy())
+    np.testing.assert_allclose(made.of("b", "learned")[1], force[::-1], rtol=1e-4)
+    assert made.failures("a", "strict") == int((batch.sizes > 9).sum()) > 0
+    with pytest.raises(ValueError, match="got 1 sets and 0 oracles"):
+        judge({"a": batch}, {})
+    with pytest.raises(ValueError, match="sets of 3, 2 molecules: expected one size"):
+        judge({"a": batch, "b": batch[:2]}, {"learned": learned})
 
 
-def test_without_a_file_a_small_evidence_is_computed_and_says_so(tmp_path):
-    found, source = load_or_collect(("edm-mini",), ("learned",), 2, steps=3, path=tmp_path / "evidence.npz")
-    assert (found.models, found.oracles, len(found.molecules[0])) == (("edm-mini",), ("learned",), 2)
-    assert source.startswith("computed now, there is no evidence.npz")
-    assert not (tmp_path / "evidence.npz").exists()
+@pytest.mark.parametrize("path", [EVIDENCE, GPFF_EVIDENCE], ids=["alignment", "gpff"])
+def test_the_bundled_files_are_whole(path):
+    evidence, passport = Evidence.load(path), read_passport(path)
+    assert tuple(passport["molecules"]) == evidence.models
+    assert tuple(passport["methods"]) == evidence.oracles == ("learned", "xtb", "ani", "dft")
+    assert (evidence.status == "ok").mean() > 0.9
+    for row in passport["figures"]:
+        found = zip(("energy_per_atom_median", "f_rms_median"), evidence.of(row["set"], row["oracle"]), strict=True)
+        assert {key: np.nanmedian(values) for key, values in found} == {
+            key: pytest.approx(row[key]["value"]) for key in ("energy_per_atom_median", "f_rms_median")
+        }
+    for values in (evidence.energy_per_atom, evidence.f_rms):
+        assert np.array_equal(np.isfinite(values), evidence.status == "ok")
+    for name, file in passport["molecules"].items():  # made with the models that are bundled now
+        for model in ("edm-mini-aligned", "edm-mini", "gpff-mini"):
+            if name.startswith(model):
+                assert file.startswith(f"{model}-{read_passport(ASSETS / f'{model}.safetensors')['sha256'][:12]}-")
+                break
 
 
-@pytest.mark.skipif(not EVIDENCE.exists(), reason="no bundled evidence yet")
-def test_two_molecules_are_computed_again():
+def test_the_molecules_belong_together():
+    base, aligned = Evidence.load().molecules
+    assert len(base) == 128
+    assert torch.equal(base.sizes, aligned.sizes)  # drawn from the same seed
+    formulas = [[batch.formula(i) for i in range(len(batch))] for batch in Evidence.load(GPFF_EVIDENCE).molecules]
+    assert formulas[0] == formulas[1] == formulas[2]
+
+
+@pytest.mark.parametrize("path", [EVIDENCE, GPFF_EVIDENCE], ids=["alignment", "gpff"])
+def test_the_cheap_columns_are_computed_again(path):
+    evidence = Evidence.load(path)
+    rows = [0, len(evidence.molecules[0]) - 1]
+    with load_oracle("xtb", workers=1) as xtb:
+        for name, batch in zip(evidence.models, evidence.molecules, strict=True):
+            for oracle, one in (("learned", load_oracle("learned")), ("xtb", xtb)):
+                again = physics(batch[rows].to(dtype=torch.float64), one)
+                energy, force = evidence.of(name, oracle)
+                np.testing.assert_allclose(again.energy_per_atom.numpy(), energy[rows], atol=1e-4)
+                np.testing.assert_allclose(again.f_rms.numpy(), force[rows], atol=2e-3)
+
+
+def test_two_dft_results_are_computed_again():
     evidence = Evidence.load()
-    dft, xtb = load_oracle("dft", workers=1, **DFT_SETTINGS), load_oracle("xtb", workers=1)
-    for model, batch in zip(evidence.models, evidence.molecules, strict=True):
-        ok = evidence.status[evidence.models.index(model), evidence.oracles.index("dft")] == "ok"
-        smallest = int(torch.where(torch.from_numpy(ok), batch.sizes, 10**6).argmin())
-        for name, oracle in (("dft", dft), ("xtb", xtb)):
-            again = physics(batch[[smallest]].to(dtype=torch.float64), oracle)
-            energy, force = evidence.of(model, name)
+    with load_oracle("dft", workers=1, **DFT_SETTINGS) as dft:
+        for k, (model, batch) in enumerate(zip(evidence.models, evidence.molecules, strict=True)):
+            ok = evidence.status[k, evidence.oracles.index("dft")] == "ok"
+            smallest = int(torch.where(torch.from_numpy(ok), batch.sizes, 10**6).argmin())
+            again = physics(batch[[smallest]].to(dtype=torch.float64), dft)
+            energy, force = evidence.of(model, "dft")
             assert float(again.energy_per_atom) == pytest.approx(energy[smallest], abs=2e-5)
             assert float(again.f_rms) == pytest.approx(force[smallest], abs=2e-4)
-    dft.close()
-    xtb.close()
