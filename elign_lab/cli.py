@@ -222,6 +222,9 @@ def _add_gpff(commands: Any) -> None:
         type=_integers,
         help="network evaluations, separated by commas (default: 4,6,8,16,32,64,128,256)",
     )
+    p.add_argument(
+        "--sampler", action="append", metavar="NAME", help="a row of the table, such as 'direct, 0.3'; repeat"
+    )
     p.add_argument("--denoiser", metavar="MODEL", help="a denoiser to compare with, such as edm-mini")
     p.add_argument("--seed", type=_seed, default=0, help="seed of compositions and noise (default: %(default)s)")
     p.add_argument("--out", type=Path, help="also write the table to this JSON file")
@@ -554,12 +557,16 @@ def _gpff_sample(arguments: argparse.Namespace) -> int:
 def _gpff_evaluate(arguments: argparse.Namespace) -> int:
     from elign_lab.benchmarks.denoiser import machine
     from elign_lab.gpff import denoiser_table, load_force_field, quality_json, quality_table, quality_text
-    from elign_lab.gpff.quality import BUDGETS
+    from elign_lab.gpff.quality import BUDGETS, VARIANTS
 
     n, budgets = arguments.n, arguments.evaluations or BUDGETS
+    wanted = arguments.sampler or list(VARIANTS)
+    if unknown := [name for name in wanted if name not in VARIANTS]:
+        raise ValueError(f"--sampler {unknown[0]!r}: expected one of {', '.join(map(repr, VARIANTS))}")
     with _oracle(arguments) as oracle:
         options = {"budgets": budgets, "oracle": oracle, "seed": arguments.seed, "progress": True}
-        rows = quality_table(load_force_field(arguments.model), n, **options)
+        variants = {name: VARIANTS[name] for name in wanted}
+        rows = quality_table(load_force_field(arguments.model), n, variants=variants, **options)
         if arguments.denoiser:
             rows += denoiser_table(_model(arguments.denoiser, None), n, **options)
     result = {

@@ -1,7 +1,7 @@
 """Store a PNG beside every plotly figure in the notebooks' outputs: GitHub and nbviewer show it, and not the figure.
 
-`make notebooks` runs it after the notebooks. It needs Chrome or Chromium, which draws the figures (kaleido). A picture
-that is already there is drawn again.
+The figure's alternative text becomes that of the PNG. `make notebooks` runs it after the notebooks. It needs Chrome or
+Chromium, which draws the figures (kaleido). A picture that is already there is drawn again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ def add_pictures(path: Path) -> None:
     """Draw the figures of one notebook."""
     notebook = nbformat.read(path, as_version=4)
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-    figures = [out.data for out in outputs if PLOTLY in out.get("data", {})]
-    for data in figures:
-        data[PNG] = base64.b64encode(draw(data[PLOTLY])).decode()
+    figures = [out for out in outputs if PLOTLY in out.get("data", {})]
+    for output in figures:
+        figure = output.data[PLOTLY]
+        output.data[PNG] = base64.b64encode(draw(figure)).decode()
+        output.metadata[PNG] = {"alt": figure["layout"]["meta"]["alt"]}
     if figures:
         nbformat.write(notebook, path)
 
@@ -52,7 +54,9 @@ def draw(figure: dict[str, object]) -> bytes:
     options = {"format": "png", "width": chart.layout.width or WIDTH, "height": chart.layout.height or 450}
     image = Image.open(io.BytesIO(kaleido.calc_fig_sync(chart, opts={**options, "scale": SCALE})))
     file = io.BytesIO()
-    image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    page = Image.new("RGBA", image.size, "white")  # a figure of a panel is transparent
+    page.alpha_composite(image.convert("RGBA"))
+    page.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

@@ -28,7 +28,7 @@ from elign_lab.oracles import Oracle, load_oracle
 from elign_lab.oracles._evaluation import Molecule
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
+    from elign_lab.teaching import Figure
 
 CARBONS = (3, 5, 8, 12, 17, 25, 37, 59)  # 11 to 179 atoms
 NOISE = 0.02  # Angstrom
@@ -137,12 +137,19 @@ def oracles_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def oracles_figure(result: Mapping[str, Any]) -> go.Figure:
+def oracles_figure(result: Mapping[str, Any]) -> Figure:
     """Seconds per molecule against atoms, both logarithmic, a line per oracle; the legend has the scaling exponents."""
-    import plotly.graph_objects as go
+    from elign_lab.teaching import Figure  # plotly is loaded where a figure is made
 
-    figure = go.Figure()
-    for name in dict.fromkeys(row["oracle"] for row in result["rows"]):
+    names = list(dict.fromkeys(row["oracle"] for row in result["rows"]))
+    figure = Figure(
+        x="atoms",
+        y="time (s)",
+        title=f"Energy and forces of one molecule, one core (compare {PAPER})",
+        alt=f"Seconds for energy and forces of one molecule against its atoms, logarithmic axes: {', '.join(names)}.",
+        height=450,
+    )
+    for name in names:
         rows = [r for r in result["rows"] if r["oracle"] == name and r["status"] == "ok"]
         exponent = result["exponents"].get(name)
         power = "" if exponent is None else f", N^{exponent:.1f}"
@@ -153,13 +160,8 @@ def oracles_figure(result: Mapping[str, Any]) -> go.Figure:
             name=f"{LABELS.get(name, name)}{power}",
             hovertemplate="%{x} atoms: %{y:.3g} s<extra>" + LABELS.get(name, name) + "</extra>",
         )
-    figure.update_layout(
-        title=f"Energy and forces of one molecule, one core (compare {PAPER})",
-        xaxis={"title": "atoms", "type": "log"},
-        yaxis={"title": "seconds", "type": "log"},
-        template="plotly_white",
-    )
-    return figure
+    figure.update_xaxes(type="log").update_yaxes(type="log")
+    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1})
 
 
 def _measure(oracle: Oracle, chain: MoleculeBatch, batch: MoleculeBatch, repeats: int, limit: float) -> dict[str, Any]:

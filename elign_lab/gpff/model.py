@@ -36,6 +36,7 @@ from elign_lab.molecules import MoleculeBatch, zero_com
 from elign_lab.painn import PaiNN, PaiNNConfig
 
 BUNDLED = "gpff-mini"
+BUNDLED_ALIGNED = "gpff-mini-aligned"  # for few evaluations
 FORMAT = "elign_lab.gpff/1"
 VARIANTS = ("direct", "conservative")
 
@@ -198,8 +199,8 @@ def load_force_field(name: str | Path = BUNDLED, *, device: torch.device | str =
         path = ASSETS / f"{name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(
-                f"no pseudo-force field {str(name)!r}: neither a file nor a bundled model (the bundled one is "
-                f"{BUNDLED!r}); train one with: elign-lab gpff train --out DIR"
+                f"no pseudo-force field {str(name)!r}: neither a file nor a bundled model ({BUNDLED!r}, "
+                f"{BUNDLED_ALIGNED!r}); train one with: elign-lab gpff train --out DIR"
             )
         verify_asset(path)
     state, metadata = read_weights(path)

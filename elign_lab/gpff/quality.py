@@ -203,9 +203,9 @@ def quality_from_json(rows: Iterable[Mapping[str, Any]]) -> list[Quality]:
     return [Quality(**{**row, "f_rms": math.nan if row["f_rms"] is None else row["f_rms"]}) for row in rows]
 
 
-def bundled_quality() -> list[Quality]:
-    """The table of the bundled model and of the denoiser its passport names, by GFN2-xTB: the passport's figures."""
-    return quality_from_json(read_passport(ASSETS / f"{BUNDLED}.safetensors")["figures"]["rows"])
+def bundled_quality(name: str = BUNDLED) -> list[Quality]:
+    """The table of a bundled model, and of the denoiser if its passport names one, by GFN2-xTB: from the passport."""
+    return quality_from_json(read_passport(ASSETS / f"{name}.safetensors")["figures"]["rows"])
 
 
 def quality_json(rows: Sequence[Quality]) -> list[dict[str, Any]]:

@@ -33,18 +33,18 @@ class Explorer(ipywidgets.VBox):
     """Sliders and the figure of their values, as `explore` makes them.
 
     What `draw` raises for a value is shown, and kept in `last_error`; the old figure stays. Pages that run no widgets
-    show the figure's alternative text.
+    show the figure's alternative text, which is also folded away under the figure.
     """
 
     last_error = traitlets.Unicode("")
 
     def __init__(self, draw: Callable[..., Figure], sliders: dict[str, ipywidgets.Widget]) -> None:
         self._make, self._sliders = draw, sliders
-        self.chart = Chart(self._current())
-        self._alert = ipywidgets.HTML()
+        figure = self._current()
+        self.chart, self._words, self._alert = Chart(figure), ipywidgets.HTML(figure.words), ipywidgets.HTML()
         for slider in sliders.values():
             slider.observe(self._moved, "value")
-        super().__init__([*sliders.values(), self.chart, self._alert])
+        super().__init__([*sliders.values(), self.chart, self._words, self._alert])
 
     def __repr__(self) -> str:
         return f"Figure with sliders for {', '.join(self._sliders)}: {self.chart.figure.layout.meta['alt']}"
@@ -61,7 +61,9 @@ class Explorer(ipywidgets.VBox):
 
     def _moved(self, change: dict[str, Any]) -> None:
         try:
-            self.chart.draw(self._current())
+            figure = self._current()
+            self.chart.draw(figure)
+            self._words.value = figure.words
             self.last_error = ""
         except Exception as error:  # a slider has no caller that could see it
             self.last_error = f"{type(error).__name__}: {error}"

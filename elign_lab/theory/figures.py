@@ -19,29 +19,40 @@ from elign_lab.theory.tilt import DoubleWell, tilted
 FloatArray = NDArray[np.floating]
 
 
-def _line(figure: Figure, x: FloatArray, y: FloatArray, name: str, color: str, **options: object) -> None:
+def _line(
+    figure: Figure, x: FloatArray, y: FloatArray, name: str, color: str, yaxis: str = "y", **options: object
+) -> None:
     x, y = np.round(np.asarray(x, dtype=float), 4), np.asarray(y, dtype=float)
-    figure.add_trace(go.Scatter(x=x, y=[float(f"{v:.4g}") for v in y], name=name, line={"color": color, **options}))
+    line = {"color": color, **options}
+    figure.add_trace(go.Scatter(x=x, y=[float(f"{v:.4g}") for v in y], name=name, line=line, yaxis=yaxis))
+
+
+def _right_axis(figure: Figure, title: str, low: float, high: float) -> None:
+    """Give the traces with yaxis="y2" an axis of their own on the right, from low to high."""
+    axis = {"title": {"text": title}, "overlaying": "y", "side": "right", "tickmode": "auto", "showgrid": False}
+    figure.update_layout(yaxis2=axis | {"range": [low, high]}, margin_r=60)
 
 
 def tilt_figure(beta: float, slope: float = 0.5, right_weight: float = 0.7) -> Figure:
-    """Base law, energy and theorem 1's tilt on a double well."""
+    """Base law and theorem 1's tilt on a double well, with the energy on an axis of its own, and one zero for both."""
     well = DoubleWell(slope=slope, right_weight=right_weight, points=201)
     step = well.grid[1] - well.grid[0]
     left = float(well.aligned(beta)[well.grid < 0].sum())
     title = f"beta = {beta:g}: {100 * left:.0f} % in the left well"
     figure = Figure(
-        x="x",
-        y="density; energy / 10",
+        x="x (no unit)",
+        y="density",
         title=title,
         alt=f"Double well, its base law, and its tilt at beta = {beta:g} with {100 * left:.0f} % on the left.",
     )
-    _line(
-        figure, well.grid, np.clip(well.energy(well.grid) / 10, None, 1.0), "energy / 10", COLORS["energy"], dash="dot"
-    )
-    _line(figure, well.grid, well.base() / step, "base q0", COLORS["base"])
-    _line(figure, well.grid, well.aligned(beta) / step, "tilt q*", COLORS["tilt"])
-    figure.update_xaxes(range=[-2.5, 2.5])
+    base, tilt = well.base() / step, well.aligned(beta) / step
+    energy = np.clip(well.energy(well.grid), None, 10)
+    _line(figure, well.grid, energy, "energy (right axis)", COLORS["energy"], yaxis="y2", dash="dot")
+    _line(figure, well.grid, base, "base q0", COLORS["base"])
+    _line(figure, well.grid, tilt, "tilt q*", COLORS["tilt"])
+    top = 1.1 * float(max(base.max(), tilt.max()))
+    figure.update_layout(xaxis_range=[-2.5, 2.5], yaxis_range=[-top / 8, top])
+    _right_axis(figure, "energy (eV)", -1, 8)
     return figure
 
 
@@ -66,7 +77,9 @@ def bound_figure(eps: float, beta_max: float = 10.0) -> Figure:
     return figure
 
 
-def laws_figure(laws: GridLaws, samples: FloatArray | None = None, name: str = "aligned model", x: str = "x") -> Figure:
+def laws_figure(
+    laws: GridLaws, samples: FloatArray | None = None, name: str = "aligned model", x: str = "x (no unit)"
+) -> Figure:
     """Base law, theorem 1's tilt, the best Gaussian policy and FED-GRPO's fixed point, with a histogram of samples."""
     step = laws.x[1] - laws.x[0]
     thin = slice(None, None, 4)
@@ -93,7 +106,9 @@ def laws_figure(laws: GridLaws, samples: FloatArray | None = None, name: str = "
 
 def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int = 30) -> Figure:
     """Histograms of point clouds (n, 2), or of (points, weights) pairs, side by side on one scale."""
-    figure = Figure(x="x1", y="x2", alt=f"Densities in the plane, side by side: {', '.join(clouds)}.")
+    figure = Figure(
+        x="x1 (no unit)", y="x2 (no unit)", alt=f"Densities in the plane, side by side: {', '.join(clouds)}."
+    )
     figure.set_subplots(cols=len(clouds), subplot_titles=list(clouds), shared_yaxes=True, horizontal_spacing=0.03)
     edges = np.linspace(-reach, reach, bins + 1)
     centres = ((edges[:-1] + edges[1:]) / 2).round(3)
@@ -101,9 +116,9 @@ def densities_2d(clouds: Mapping[str, FloatArray], reach: float = 2.5, bins: int
         points, weights = cloud if isinstance(cloud, tuple) else (cloud, None)
         density = np.histogram2d(points[:, 0], points[:, 1], bins=edges, weights=weights, density=True)[0]
         figure.add_trace(go.Heatmap(x=centres, y=centres, z=density.T.round(4), coloraxis="coloraxis"), 1, k)
-        figure.update_xaxes(title_text="x1", row=1, col=k)
-    figure.update_yaxes(title_text="x2", row=1, col=1)
-    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0})
+        figure.update_xaxes(title_text="x1 (no unit)", row=1, col=k)
+    figure.update_yaxes(title_text="x2 (no unit)", row=1, col=1)
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": {"text": "density"}}})
     return figure
 
 
@@ -113,15 +128,16 @@ def diffusion_figure(time: float) -> Figure:
     law = score.marginal(score.TWO_WELLS, time)
     at = torch.from_numpy(x).unsqueeze(1)
     figure = Figure(
-        x="x",
-        y="density; score / 20",
+        x="x (no unit)",
+        y="density",
         title=f"t = {time:g}",
         alt=f"Density of the noised mixture at time {time:g}, its score, and the standard normal law it tends to.",
     )
     _line(figure, x, law.log_prob(at).exp().numpy(), "density p_t", COLORS["aligned"])
-    _line(figure, x, law.score(at)[:, 0].numpy() / 20, "score / 20", COLORS["tilt"])
+    _line(figure, x, law.score(at)[:, 0].numpy(), "score (right axis)", COLORS["tilt"], yaxis="y2")
     _line(figure, x, np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi), "N(0, 1)", COLORS["base"], dash="dot")
-    figure.update_yaxes(range=[-0.6, 1.1])
+    figure.update_layout(yaxis_range=[-0.6, 1.1])
+    _right_axis(figure, "score (no unit)", -12, 22)  # one zero for both axes
     return figure
 
 
@@ -141,7 +157,7 @@ def return_figure(potential: FloatArray, terminal: FloatArray, gamma: float) -> 
 
 
 def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.7) -> Figure:
-    """A reverse kernel on a double well, its exponential tilt, and theorem 5's mean."""
+    """A reverse kernel on a double well, its exponential tilt, and theorem 5's mean; the energy has the right axis."""
     x = np.linspace(-2, 2, 241)
     base = np.exp(-0.5 * ((x - mu) / sigma) ** 2)
     tilt = base * np.exp(beta * gamma * (force.smooth_potential(x) - force.smooth_potential(np.array(mu))))
@@ -150,25 +166,27 @@ def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.
     exact = force.tilt_mean_1d(force.smooth_potential, mu, sigma, beta * gamma)
     title = f"mean of the tilt {exact:.3f}, theorem 5 {predicted:.3f}"
     figure = Figure(
-        x="z'",
-        y="density (relative)",
+        x="z' (no unit)",
+        y="density / its maximum",
         title=title,
         alt="A Gaussian kernel on the slope of a double well and its tilt, which is moved downhill; a line marks "
         "the mean of theorem 5.",
     )
-    _line(figure, x, -force.smooth_potential(x) / 5, "energy / 5", COLORS["energy"], dash="dot")
+    energy = -force.smooth_potential(x)
+    _line(figure, x, energy, "energy (right axis)", COLORS["energy"], yaxis="y2", dash="dot")
     _line(figure, x, base / base.max(), "base kernel", COLORS["base"])
     _line(figure, x, tilt / tilt.max(), "tilted kernel", COLORS["tilt"])
     figure.add_vline(x=predicted, line_color=COLORS["aligned"], annotation_text="mu + beta gamma sigma^2 grad Phi")
-    figure.update_yaxes(range=[0, 1.1])
+    figure.update_layout(yaxis_range=[0, 1.1])
+    _right_axis(figure, "energy (no unit)", 0, 5.5)
     return figure
 
 
 def order_figure(sigmas: Sequence[float], remainders: Mapping[str, FloatArray]) -> Figure:
     """Remainder of theorem 5 against sigma, both on logarithmic axes; the slope of each line is its order."""
     figure = Figure(
-        x="sigma",
-        y="|mean - expansion|",
+        x="sigma (no unit)",
+        y="|mean - expansion| (no unit)",
         alt="Remainder of theorem 5 against sigma on logarithmic axes: straight lines whose slope is the order.",
     )
     colors = [COLORS["aligned"], COLORS["tilt"], COLORS["other"]]
@@ -223,7 +241,7 @@ def cosine_figure(found: AlchemicalCosines) -> Figure:
 def cosine_by_time_figure(found: AlchemicalCosines, trained: int | None = None) -> Figure:
     """Mean cosine and its control against t with two standard errors; `trained`: largest t that alignment trained."""
     figure = Figure(
-        x="t",
+        x="time t (steps of the schedule)",
         y="mean cosine",
         alt="Mean cosine of the alchemical force, and of random directions, with the oracle's force against the time "
         "t, with error bars of two standard errors; the trained times are shaded.",
@@ -249,7 +267,7 @@ def noise_norm_figure(atoms: int, n: int = 4000) -> Figure:
     raw = torch.randn(n, atoms, 3, generator=generator)
     centred = raw - raw.mean(1, keepdim=True)
     figure = Figure(
-        x="|xi|^2",
+        x="|xi|^2 (no unit)",
         y="density",
         title=f"{atoms} atoms",
         alt=f"Squared norm of noise for {atoms} atoms: projected it follows the chi-square law of {3 * (atoms - 1)} "

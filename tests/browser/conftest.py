@@ -5,7 +5,9 @@ Screenshots go to the folder that ELIGN_LAB_SCREENSHOTS names, or to a temporary
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import secrets
@@ -20,7 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 MISSING = [
@@ -174,6 +178,25 @@ class Notebook:
             }""",
             k,
         )
+
+    def image(self, k: int = 0) -> np.ndarray:
+        """Canvas k, once it has stayed the same for three animation frames: (height, width, 4), from 0 to 255."""
+        url = self.page.evaluate(
+            """async (k) => {
+                const canvas = document.querySelectorAll(".elv canvas")[k];
+                let last = null, same = 0;
+                while (same < 3) {
+                    await new Promise(requestAnimationFrame);
+                    const now = canvas.toDataURL();
+                    same = now === last ? same + 1 : 0;
+                    last = now;
+                }
+                return last;
+            }""",
+            k,
+        )
+        png = base64.b64decode(url.split(",")[1])
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).astype(int)
 
     def oxygen(self) -> tuple[float, float]:
         """Where on the page the first canvas shows the only oxygen: the middle of what is red."""

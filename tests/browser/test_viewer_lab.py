@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+
 SETUP = """
 import time, torch
 from elign_lab.molecules import MoleculeBatch
@@ -168,6 +171,12 @@ def test_two_panels_share_one_camera_and_colour_by_force(notebook):
     nb.wait_for("document.querySelector('.elv').dataset.frame === '2'")
     nb.wait_for(SAME_PIXELS)  # both end at the same molecule
 
+    # a drag in one panel turns both
+    before = nb.page.evaluate("() => document.querySelector('.elv canvas').toDataURL()")
+    _drag(nb, -80, 30)
+    nb.page.wait_for_function("(b) => document.querySelector('.elv canvas').toDataURL() !== b", arg=before)
+    nb.wait_for(SAME_PIXELS)
+
     nb.page.locator(".elv canvas").nth(1).press("ArrowLeft")
     nb.wait_for(SAME_PIXELS)
     before = nb.page.evaluate("() => document.querySelector('.elv canvas').toDataURL()")
@@ -214,6 +223,8 @@ def test_a_far_reference_is_in_view_and_a_new_stream_is_followed(notebook):
     nb.ask(f"view.overlay({far})")
     nb.wait_for(LAID_OVER)
     nb.picture("far_reference")
+    nb.ask("view.overlay(None)")
+    nb.page.wait_for_function(f"() => !({LAID_OVER})")
 
     # cleared while it plays: the newest frame is followed again
     nb.ask("view.frame = 0; view.playing = True")
@@ -223,6 +234,155 @@ def test_a_far_reference_is_in_view_and_a_new_stream_is_followed(notebook):
     nb.ask("for k in range(3): view.push(molecule); view.flush()")
     nb.wait_for("document.querySelector('.elv').dataset.frame === '2'")
     nb.expect("print(view.frame, view.follow, repr(view.last_error))", "2 True ''")
+
+
+DRAWN = """
+bent = MoleculeBatch.from_arrays([([9, 6, 7], [[-1.2, -0.2, 0.0], [0.0, 0.4, 0.0], [1.1, -0.2, 0.0]])])
+push = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.2, 1.6, 0.0]])  # the nitrogen, 2 eV/Angstrom
+types = torch.eye(5)[[3, 1, 2]].repeat(3, 1, 1)  # H, C, N, O, F; the first atom is O, then N, then half of each
+types[1, 0] = torch.eye(5)[2]
+types[2, 0] = types[:2, 0].mean(0)
+drawn = MoleculeViewer([bent] * 3, forces=[push, -push, push], type_weights=list(types), height=300)
+picks = []
+drawn.on_pick(picks.append)
+drawn
+"""
+
+
+def _middle(found: np.ndarray) -> np.ndarray:
+    """Where the true pixels of (height, width) are: x to the right, y up, in pixels of the canvas."""
+    assert found.sum() > 40
+    y, x = np.nonzero(found)
+    return np.array([x.mean(), -y.mean()])
+
+
+def _atoms(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The middles of the green fluorine and of the blue nitrogen."""
+    red, green, blue, _ = np.moveaxis(image, -1, 0)
+    return _middle((green - red > 25) & (green - blue > 40)), _middle(blue - np.maximum(red, green) > 60)
+
+
+def _at(image: np.ndarray, spot: np.ndarray) -> np.ndarray:
+    x, y = spot.round().astype(int)
+    return image[-y - 5 : -y + 6, x - 5 : x + 6, :3].mean((0, 1))
+
+
+def _arrows(image: np.ndarray) -> np.ndarray:
+    red, green, blue, _ = np.moveaxis(image, -1, 0)
+    return (red - blue > 190) & (green - blue > 110) & (red - green > 50)
+
+
+def _width(image: np.ndarray) -> int:
+    return int(np.ptp(np.nonzero(image[..., 3])[1]))
+
+
+def _drag(nb, right: float, down: float) -> None:
+    """Press beside the molecule of the first view, and move."""
+    box = nb.page.locator(".elv canvas").first.bounding_box()
+    x, y = box["x"] + 0.5 * box["width"] - right / 2, box["y"] + 0.9 * box["height"]
+    nb.page.mouse.move(x, y - down)
+    nb.page.mouse.down()
+    nb.page.mouse.move(x + right, y, steps=4)
+    nb.page.mouse.up()
+
+
+def test_what_is_drawn_is_what_python_gave(notebook):
+    nb = notebook(SETUP, DRAWN)
+    nb.run_all()
+    nb.wait_for("document.querySelector('.elv')?.dataset.frames === '3'")
+    nb.wait_for("document.querySelector('.elv canvas').width > 300")
+    canvas, mode = nb.page.locator(".elv canvas"), nb.page.locator(".elv-mode")
+    canvas.scroll_into_view_if_needed()
+
+    def image_of(frame: int) -> np.ndarray:
+        nb.ask(f"drawn.frame = {frame}")
+        nb.wait_for(f"document.querySelector('.elv').dataset.frame === '{frame}'")
+        return nb.image()
+
+    # a click on an atom: Python is told which; a click beside it: None
+    plain = image_of(0)
+    fluorine, nitrogen = _atoms(plain)
+    ratio = plain.shape[1] / canvas.bounding_box()["width"]
+    canvas.click(position={"x": nitrogen[0] / ratio, "y": -nitrogen[1] / ratio})
+    nb.expect("print(drawn.selected, picks)", "2 [2]")
+    canvas.click(position={"x": 8, "y": 120})
+    nb.expect("print(drawn.selected, picks)", "None [2, None]")
+
+    # by type: a soft type has the colour between those of its elements
+    mode.select_option("type")
+    oxygen_like, nitrogen_like, half = (image_of(k) for k in range(3))
+    differ = np.abs(oxygen_like - nitrogen_like).max(-1) > 60
+    assert differ.sum() > 1000
+    assert np.linalg.norm(_middle(differ) - fluorine) < 20, "the first atom, and only that"
+    away = np.abs(half - (oxygen_like + nitrogen_like) / 2)[differ]
+    assert np.quantile(away, 0.95) < 8  # where it glitters, colours are cut off
+    nb.picture("by_type")
+
+    # by force: no force is dark violet, the largest one yellow
+    mode.select_option("force")
+    image = image_of(0)
+    red, green, blue = _at(image, fluorine)
+    assert min(red, blue) > green + 20
+    red, green, blue = _at(image, nitrogen)
+    assert min(red, green) > blue + 60
+    assert not _arrows(image).any()
+
+    # arrows point where the force does
+    mode.select_option("element")
+    nb.page.locator(".elv-arrows input").check()
+    way_of_push = "print(*(torch.tensor(drawn._orientations[0]).view(3, 3) @ push[2]).tolist())"
+    right, up, _ = map(float, nb.ask(way_of_push).split())
+    for frame, sign in ((0, 1), (1, -1)):
+        image = image_of(frame)
+        way = _middle(_arrows(image)) - _atoms(image)[1]
+        assert sign * (way @ (right, up)) > 0.9 * np.hypot(*way) * np.hypot(right, up), f"frame {frame}"
+    nb.picture("arrows")
+    nb.page.locator(".elv-arrows input").uncheck()
+
+    # wheel and keys: larger, smaller, and back
+    image = image_of(0)
+    assert np.array_equal(image, plain)
+    width = _width(image)
+    canvas.hover(position={"x": 60, "y": 150})
+    nb.page.mouse.wheel(0, -300)
+    larger = _width(nb.image())
+    assert larger > 1.15 * width
+    canvas.press("-")
+    assert larger / _width(nb.image()) == pytest.approx(1.15, rel=0.03)
+    nb.page.mouse.wheel(0, 600)
+    assert _width(nb.image()) < 0.87 * width
+    canvas.press("0")
+    assert np.array_equal(nb.image(), plain)
+
+    # half a turn by the mouse: left and right change places
+    _drag(nb, np.pi / 0.009, 0)
+    turned = _atoms(nb.image())
+    assert np.sign(turned[0][0] - turned[1][0]) == -np.sign(fluorine[0] - nitrogen[0])
+    assert [spot[1] for spot in turned] == pytest.approx([fluorine[1], nitrogen[1]], abs=25)
+    canvas.press("ArrowUp")
+    assert _atoms(nb.image())[0] != pytest.approx(turned[0], abs=3)
+
+    # without eyes and without a mouse; keys of the browser stay the browser's
+    assert "CFN, 3 atoms" in canvas.get_attribute("aria-label")
+    assert nb.page.evaluate("() => document.activeElement === document.querySelector('.elv canvas')")
+    pressed = """(options) => document.querySelector('.elv canvas').dispatchEvent(
+        new KeyboardEvent("keydown", { key: "+", bubbles: true, cancelable: true, ...options }))"""
+    assert nb.page.evaluate(pressed, {}) is False, "taken"
+    assert nb.page.evaluate(pressed, {"ctrlKey": True}) is True
+
+    # at night nothing sinks into the ground, not even the dark end of the colour scale
+    mode.select_option("force")
+    nb.ask("drawn.force_max = 1e6")
+    nb.theme(dark=True)
+    ground = "getComputedStyle(document.querySelector('.elv')).backgroundColor"
+    nb.wait_for(f"{ground}.match(/\\d+/g).slice(0, 3).every((c) => c < 50)")
+    dark = [int(c) for c in nb.page.evaluate(f"() => {ground}.match(/\\d+/g)")[:3]]
+    image = nb.image()
+    lost = np.abs(image[image[..., 3] == 255][:, :3] - dark).max(-1) < 25
+    assert lost.mean() < 0.02
+    nb.picture("by_force_dark")
+    nb.theme(dark=False)
+    assert nb.data("error") == ""
 
 
 FAILURES = """

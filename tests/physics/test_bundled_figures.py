@@ -55,12 +55,13 @@ def test_a_damaged_denoiser_does_not_have_the_figures():
     assert set(apart(sample(model, N, seed=1, steps=50), figures_of("edm-mini"))) >= {"atom_stability", "validity"}
 
 
-def test_pseudo_force_field():
-    rows = quality_from_json(figures_of("gpff-mini")["rows"])
-    recorded = {row.sampler: row for row in rows if row.evaluations == 16}
+@pytest.mark.parametrize(("name", "evaluations"), [("gpff-mini", 16), ("gpff-mini-aligned", 8)])
+def test_pseudo_force_fields(name, evaluations):
+    rows = quality_from_json(figures_of(name)["rows"])
+    recorded = {row.sampler: row for row in rows if row.evaluations == evaluations}
     names = ("direct", "adaptive ancestral", "relaxation, momentum")
     found = quality_table(
-        load_force_field("gpff-mini"), N, budgets=[16], variants={name: VARIANTS[name] for name in names}, seed=101
+        load_force_field(name), N, budgets=[evaluations], variants={key: VARIANTS[key] for key in names}, seed=101
     )
     for row in found:
         there = recorded[row.sampler]

@@ -534,9 +534,25 @@ def test_every_figure_has_axis_titles_and_alternative_text():
     assert "slope 3.00" in drawn[7].data[0].name
 
 
+@pytest.mark.parametrize(
+    ("figure", "quantity"),
+    [
+        (figures.tilt_figure(1.0), "energy"),
+        (figures.diffusion_figure(0.5), "score"),
+        (figures.tilted_kernel_figure(0.2, 1.0, 1.0), "energy"),
+    ],
+)
+def test_what_is_no_density_has_an_axis_of_its_own_with_the_same_zero(figure, quantity):
+    assert figure.layout.yaxis.title.text.startswith("density")
+    assert figure.layout.yaxis2.title.text.startswith(quantity)
+    assert [trace.yaxis == "y2" for trace in figure.data] == [trace.name.startswith(quantity) for trace in figure.data]
+    left, right = figure.layout.yaxis.range, figure.layout.yaxis2.range
+    assert left[0] * right[1] == pytest.approx(left[1] * right[0])
+
+
 def test_sliders_redraw_the_figure():
     panel = explore(figures.tilt_figure, beta=(1.0, 0.0, 6.0, 0.25), slope=(0.5, -1.0, 1.0, 0.1))
-    beta, slope, chart, _ = panel.children  # and an error, when there is one
+    beta, slope, chart, *_ = panel.children  # and its words, and an error when there is one
     assert "beta = 1:" in chart.figure.layout.title.text
     beta.value = 2.0
     assert "beta = 2:" in chart.figure.layout.title.text

@@ -271,7 +271,7 @@ def test_command(model, tmp_path, capsys):
     assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 1
     for field, message in (
         ("sampler=heun", "no policy, because it is deterministic"),
-        ("steps=9", "skip_prefix must"),
+        ("steps=5", "skip_prefix must"),
         ("spacing=2", "of a denoiser's grid"),
     ):
         assert main([*command[:-1], str(tmp_path / "other"), "--set", field]) == 2

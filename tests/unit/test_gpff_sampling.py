@@ -534,3 +534,7 @@ def test_command_line(untrained, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["rows"]) == len(VARIANTS) + 2
     assert json.loads(table.read_text()) == printed
+    assert main([*arguments, "--sampler", "relaxation", "--sampler", "direct, 0.3"]) == 0
+    assert [row["sampler"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["relaxation", "direct, 0.3"]
+    assert main([*arguments, "--sampler", "nothing"]) == 2
+    assert "'nothing': expected one of 'ancestral'" in capsys.readouterr().err

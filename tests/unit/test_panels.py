@@ -692,6 +692,13 @@ def test_a_page_without_widgets_gets_the_content_as_html(oracle):
     assert isinstance(panel, Panel)
 
 
+def test_a_panel_with_nothing_to_say_yet_leaves_the_page_its_name(model):
+    bundle = SamplingPanel({"edm-mini": model})._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "text/html" not in data, "an empty one would hide the text"
+    assert data["text/plain"].startswith("SamplingPanel('edm-mini'")
+
+
 def test_a_chart_sends_the_figure_as_it_is():
     figure = dashboard.dashboard_figure([{"iteration": 0, "kl": 0.5}])
     chart = Chart(figure)

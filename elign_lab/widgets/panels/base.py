@@ -1,4 +1,4 @@
-"""What the panels share: the frame with its style sheet and error line, badges, tables, numbers, figure layout."""
+"""What the panels share: the frame with its style sheet and error line, badges, tables, numbers, charts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ import ipywidgets
 import plotly.graph_objects as go
 import traitlets
 
-from elign_lab.teaching.figure import COLORS
+from elign_lab.teaching.figure import COLORS, faded
 from elign_lab.widgets.errors import raise_in_tests
 
 _CSS = Path(__file__).with_name("panels.css").read_text()
-_GREY = "#8a93a3"  # legible on white and on black: a figure does not know the theme of the page
-_GRID = "rgba(138, 147, 163, 0.25)"
 _MARK = "shown now"
-MEMBER_COLOR = "rgba(138, 147, 163, 0.55)"
+MEMBER_COLOR = faded("base", 0.55)
 
 __all__ = [
-    "COLORS",
     "MEMBER_COLOR",
     "Chart",
     "Panel",
@@ -34,7 +31,6 @@ __all__ = [
     "figures_row",
     "move_marks",
     "number",
-    "style_figure",
 ]
 
 escape = html.escape
@@ -81,10 +77,11 @@ class Panel(ipywidgets.VBox):
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The widget, and its content as HTML for pages that run no widgets (GitHub, nbviewer)."""
+        """The widget, and its content (if any) as HTML for pages that run no widgets (GitHub, nbviewer)."""
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/html"] = self.summary_html()
+        if content := self.summary_html():
+            data["text/html"] = content
         return bundle
 
     def __repr__(self) -> str:
@@ -144,21 +141,3 @@ def figures_row(values: dict[str, str]) -> str:
     """A row of large figures, each with its name below."""
     cells = "".join(f"<div><b>{value}</b><span>{escape(name)}</span></div>" for name, value in values.items())
     return f"<div class='elp-figures'>{cells}</div>"
-
-
-def style_figure(figure: go.Figure, height: int) -> go.Figure:
-    """Give a figure the look of the panels, on a light or a dark page; returns it."""
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 58, "r": 14, "t": 34, "b": 46},
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"color": _GREY, "size": 12},
-        legend={"orientation": "h", "y": 1.14, "x": 0},
-        hoverlabel={"namelength": -1},
-    )
-    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, title_standoff=6)
-    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, title_standoff=6)
-    figure.update_annotations(font_size=13)
-    return figure

@@ -12,15 +12,14 @@ import plotly.graph_objects as go
 import torch
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
-from plotly.subplots import make_subplots
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
 from elign_lab.oracles.protocol import Oracle, f_rms
+from elign_lab.teaching.figure import COLORS, PANEL, Figure
 from elign_lab.widgets.panels.base import (
-    COLORS,
     Chart,
     Panel,
     add_mark,
@@ -29,7 +28,6 @@ from elign_lab.widgets.panels.base import (
     headed_table,
     move_marks,
     number,
-    style_figure,
 )
 from elign_lab.widgets.panels.dragging import DraggedMolecule
 from elign_lab.widgets.static import bonds
@@ -146,10 +144,12 @@ def scan(molecule: MoleculeBatch, coordinate: Coordinate, oracles: Mapping[str, 
     return Scan(f"{coordinate.name(molecule)}: {unit} (Å)", values, molecules, energy, forces, rms, status)
 
 
-def scan_figure(found: Scan, point: int) -> go.Figure:
+def scan_figure(found: Scan, point: int) -> Figure:
     """Energy and force RMS of each oracle along the coordinate, the chosen point marked."""
     titles = ("energy above the lowest (eV)", "force RMS (eV/Å)")
-    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.09)
+    words = f"Energy above the lowest (eV) and force RMS (eV/Å) by {', '.join(found.energy)} against {found.label}."
+    figure = Figure(x=found.label, y=titles[0], alt=words, height=300, template=PANEL)
+    figure.set_subplots(cols=2, horizontal_spacing=0.11)
     x = found.values.round(4).tolist()
     for k, name in enumerate(found.energy):
         line = {"color": _LINES[k % len(_LINES)], "width": 2.5}
@@ -160,9 +160,8 @@ def scan_figure(found: Scan, point: int) -> go.Figure:
             )
     figure.update_xaxes(title_text=found.label)
     add_mark(figure, float(found.values[point]))
-    style_figure(figure, 300).update_layout(margin={"t": 62}, legend={"y": 1.3})
-    for axis, values in (("yaxis", found.energy), ("yaxis2", found.f_rms)):
-        figure.layout[axis].range = [0, _top(values.values())]
+    for column, values in enumerate((found.energy, found.f_rms), start=1):
+        figure.update_yaxes(title_text=titles[column - 1], range=[0, _top(values.values())], row=1, col=column)
     return figure
 
 
@@ -234,8 +233,8 @@ class OracleComparison(Panel):
         self.coordinate = ipywidgets.Dropdown(description="distort", layout={"width": "260px"})
         self._table = ipywidgets.HTML()
         self._missing = ipywidgets.HTML(missing_html(notes), layout={"display": "" if notes else "none"})
-        self._stage, self._chart = ipywidgets.VBox(), Chart(go.Figure(layout={"height": 300}))
-        self._scan_view = ipywidgets.VBox([self._stage, self._chart, self._table])
+        self._stage, self.chart = ipywidgets.VBox(), Chart(go.Figure(layout={"height": 300}))
+        self._scan_view = ipywidgets.VBox([self._stage, self.chart, self._table])
         self._body = ipywidgets.VBox()
         super().__init__(
             "Oracles compared",
@@ -326,7 +325,7 @@ class OracleComparison(Panel):
         self.viewer.frame = start
         self.viewer.observe(self._point_changed, "frame")
         self._stage.children = [self.viewer]
-        self._chart.draw(scan_figure(found, start))
+        self.chart.draw(scan_figure(found, start))
         self._table.value = scan_html(found, start)
 
     def _rest(self) -> float:
@@ -337,5 +336,5 @@ class OracleComparison(Panel):
 
     def _point_changed(self, change: dict[str, Any]) -> None:
         with self._shown():
-            self._chart.draw(move_marks(self._chart.figure, float(self.scan.values[change["new"]])))
+            self.chart.draw(move_marks(self.chart.figure, float(self.scan.values[change["new"]])))
             self._table.value = scan_html(self.scan, change["new"])

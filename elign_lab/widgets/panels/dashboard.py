@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from elign_lab.alignment.config import AlignConfig, cpu_mini
 from elign_lab.alignment.rewards import TerminalChannel
@@ -17,9 +15,10 @@ from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import sample
+from elign_lab.teaching.figure import COLORS, PANEL, Figure
 from elign_lab.training import read_json_lines
 from elign_lab.widgets.live import Live
-from elign_lab.widgets.panels.base import COLORS, Chart, Panel, badge, figures_row, number, style_figure
+from elign_lab.widgets.panels.base import Chart, Panel, badge, figures_row, number
 from elign_lab.widgets.viewer import MoleculeViewer
 
 Metrics = Mapping[str, float]
@@ -32,15 +31,18 @@ _CURVES = (
 
 
 # ---------------------------------------------------------------------- pure functions
-def dashboard_figure(rows: Sequence[Metrics], channels: Sequence[str] = ()) -> go.Figure:
+def dashboard_figure(rows: Sequence[Metrics], channels: Sequence[str] = ()) -> Figure:
     """Learning curves: force, energy, KL, clip fraction, and one more for each further reward channel.
 
     A star is the mean over the fixed evaluation set. A metric that a row lacks is left out.
     """
     curves = [*_CURVES, *((f"reward {name}", f"reward_{name}", None, COLORS["aligned"]) for name in channels)]
     lines = -(-len(curves) // 2)
-    titles = [title for title, *_ in curves]
-    figure = make_subplots(lines, 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.32 / lines)
+    known = {title: _curve(rows, key)[1] for title, key, *_ in curves}
+    words = "; ".join(f"{title} from {y[0]:.3g} to {y[-1]:.3g}" for title, y in known.items() if y) or "none yet"
+    alt = f"Learning curves over {len(rows)} iterations: {words}."
+    figure = Figure(x="iteration", y=curves[0][0], alt=alt, height=215 * lines, template=PANEL)
+    figure.set_subplots(lines, 2, horizontal_spacing=0.1, vertical_spacing=0.24 / lines)
     for k, (title, key, evaluated, color) in enumerate(curves):
         where = {"row": k // 2 + 1, "col": k % 2 + 1}
         x, y = _curve(rows, key)
@@ -51,8 +53,8 @@ def dashboard_figure(rows: Sequence[Metrics], channels: Sequence[str] = ()) -> g
             star = {"symbol": "star", "size": 12, "color": color, "line": {"width": 1, "color": "white"}}
             name = f"{title}, fixed evaluation set"
             figure.add_scatter(x=[v + 0.5 for v in x], y=y, mode="markers", name=name, marker=star, **where)
-        figure.update_xaxes(title_text="iteration", rangemode="tozero", **where)
-    return style_figure(figure, 215 * lines).update_layout(showlegend=False)
+        figure.update_xaxes(title_text="iteration", rangemode="tozero", **where).update_yaxes(title_text=title, **where)
+    return figure.update_layout(showlegend=False)
 
 
 def _curve(rows: Sequence[Metrics], key: str) -> tuple[list[float], list[float]]:

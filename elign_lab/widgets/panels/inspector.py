@@ -8,15 +8,13 @@ from itertools import groupby
 from typing import Any
 
 import ipywidgets
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from elign_lab.alignment.config import AlignConfig, cpu_mini
 from elign_lab.denoiser import Denoiser
 from elign_lab.oracles.protocol import Oracle
+from elign_lab.teaching.figure import COLORS, PANEL, Figure, faded
 from elign_lab.widgets.live import Live
 from elign_lab.widgets.panels.base import (
-    COLORS,
     MEMBER_COLOR,
     Chart,
     Panel,
@@ -26,15 +24,14 @@ from elign_lab.widgets.panels.base import (
     headed_table,
     move_marks,
     number,
-    style_figure,
 )
 from elign_lab.widgets.panels.reward_trace import UNJUDGED, Line, RewardTrace, explain, trace_group
 from elign_lab.widgets.viewer import MoleculeViewer
 
 _CURVES = (
-    ("potential Φ(s_t) (eV/atom)", "potential"),
-    ("total advantage A", "advantage"),
-    ("ratio ρ after the update", "ratio"),
+    ("Φ(s_t) (eV/atom)", "potential"),
+    ("advantage A", "advantage"),
+    ("ratio ρ", "ratio"),
 )
 _RATIO_RANGE = 4  # the axis of the ratio shows this many clip ranges on each side of 1
 
@@ -100,27 +97,32 @@ def clip_badge(trace: RewardTrace, member: int, step: int, *, strong: bool = Fal
     return badge(f"clipped: ρ is {'above 1 + ' if above else 'below 1 − '}{bound:g}, no gradient", "bad", True)
 
 
-def trace_figure(trace: RewardTrace, member: int, step: int) -> go.Figure:
+def trace_figure(trace: RewardTrace, member: int, step: int) -> Figure:
     """Potential, advantage and ratio of all rollouts against the step; the chosen rollout in colour, the step marked.
 
-    The band of the third plot is the range of the ratio that the clip leaves free.
+    The ratio is that after the update; the band of its plot is the range that the clip leaves free.
     """
-    titles = [title for title, _ in _CURVES]
-    figure = make_subplots(rows=3, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.1)
+    words = (
+        f"Potential, total advantage and ratio after the update of {trace.members} rollouts against the trained step: "
+        f"rollout {member} in colour, the chosen step marked, and a band where the clip leaves the ratio free."
+    )
+    figure = Figure(x="trained step", y=_CURVES[0][0], alt=words, height=440, template=PANEL)
+    figure.set_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.06)
     chosen, other = {"color": COLORS["tilt"], "width": 3}, {"color": MEMBER_COLOR, "width": 1.4}
     order = [i for i in range(trace.members) if i != member] + [member]  # the chosen one is drawn on top
-    for row, (_, name) in enumerate(_CURVES, start=1):
+    for row, (title, name) in enumerate(_CURVES, start=1):
         values = trace.objective.log_ratio.exp() if name == "ratio" else getattr(trace, name)
         for i in order:
             y = [float(f"{v:.4g}") for v in values[i].tolist()]
             line = chosen if i == member else other
             figure.add_scatter(y=y, name=f"rollout {i}", mode="lines", line=line, row=row, col=1)
         add_mark(figure, step, row=row, col=1)
-    figure.update_xaxes(title_text="trained step", row=3, col=1)
-    style_figure(figure, 440).update_layout(showlegend=False)
+        figure.update_xaxes(title_text="trained step" if row == 3 else "", row=row, col=1)
+        figure.update_yaxes(title_text=title, row=row, col=1)
+    figure.update_layout(showlegend=False)
     bound = trace.config.clip_range
     figure.update_yaxes(range=[1 - _RATIO_RANGE * bound, 1 + _RATIO_RANGE * bound], row=3, col=1)
-    band = {"fillcolor": "rgba(42, 157, 111, 0.14)", "line": {"width": 0}, "layer": "below"}
+    band = {"fillcolor": faded("good", 0.14), "line": {"width": 0}, "layer": "below"}
     figure.add_hrect(y0=1 - bound, y1=1 + bound, row=3, col=1, **band)
     return figure
 
@@ -150,8 +152,8 @@ class RewardInspector(Panel):
         self._member = ipywidgets.ToggleButtons(description="rollout", style=style, layout={"width": "auto"})
         self._badge, self._lines, self._group = (ipywidgets.HTML() for _ in range(3))
         self._stage = ipywidgets.VBox()
-        self._chart = Chart(trace_figure(self.trace, 0, 0))
-        left = ipywidgets.VBox([self._stage, self._chart], layout={"flex": "1 1 392px", "min_width": "300px"})
+        self.chart = Chart(trace_figure(self.trace, 0, 0))
+        left = ipywidgets.VBox([self._stage, self.chart], layout={"flex": "1 1 392px", "min_width": "300px"})
         right = ipywidgets.VBox([self._badge, self._lines], layout={"flex": "1.2 1 395px", "min_width": "370px"})
         super().__init__(
             "Reward inspector",
@@ -219,12 +221,12 @@ class RewardInspector(Panel):
         self.viewer.frame = step
         self.viewer.observe(self._step_chosen, "frame")
         self._stage.children = [self.viewer]
-        self._chart.draw(trace_figure(trace, i, step))
+        self.chart.draw(trace_figure(trace, i, step))
         self._show_numbers()
 
     def _step_chosen(self, change: dict[str, Any]) -> None:
         with self._shown():
-            self._chart.draw(move_marks(self._chart.figure, self.step))
+            self.chart.draw(move_marks(self.chart.figure, self.step))
             self._show_numbers()
 
     def _show_numbers(self) -> None:
