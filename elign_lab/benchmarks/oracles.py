@@ -161,7 +161,7 @@ def oracles_figure(result: Mapping[str, Any]) -> Figure:
             hovertemplate="%{x} atoms: %{y:.3g} s<extra>" + LABELS.get(name, name) + "</extra>",
         )
     figure.update_xaxes(type="log").update_yaxes(type="log")
-    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1})
+    return figure.legend_right()
 
 
 def _measure(oracle: Oracle, chain: MoleculeBatch, batch: MoleculeBatch, repeats: int, limit: float) -> dict[str, Any]:

@@ -188,8 +188,7 @@ def quality_figure(rows: Sequence[Quality], key: str = "validity") -> Figure:
         )
     figure.update_xaxes(type="log", tickvals=sorted({r.evaluations for r in rows}))
     figure.update_yaxes(range=[0, 100])
-    figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1})
-    return figure
+    return figure.legend_right()
 
 
 def quality_text(rows: Sequence[Quality]) -> str:

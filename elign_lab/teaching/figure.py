@@ -47,7 +47,7 @@ pio.templates["elign_lab_panel"] = go.layout.Template(
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         # this grey is legible on white and on black: a figure does not know the theme of the page
         "font": {"color": COLORS["base"], "size": 12},
-        "legend": {"y": 1.14, "x": 0},
+        "legend": {"x": 0},
         "hoverlabel": {"namelength": -1},
         "xaxis": _PANEL_AXIS,
         "yaxis": _PANEL_AXIS,
@@ -94,6 +94,10 @@ class Figure(go.Figure):
             "width": 0,
         }
         return self.add_scatter(x=x, y=y, error_y=bars, **options)
+
+    def legend_right(self) -> Figure:
+        """Put the legend beside the plot instead of above it, for many traces; returns the figure."""
+        return self.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
 
     def _ipython_display_(self) -> None:
         figure = json.loads(self.to_json())

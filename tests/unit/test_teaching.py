@@ -86,3 +86,11 @@ def test_sliders_draw_the_figure_again_and_show_what_went_wrong(monkeypatch):
 def test_a_range_that_is_none_is_refused(values):
     with pytest.raises(ValueError, match="expected \\(first value"):
         explore(lambda beta: None, beta=values)
+
+
+def test_a_legend_stands_above_the_plot_or_beside_it():
+    figure = Figure(x="t / T", y="energy (eV)", alt="A line.")
+    above = figure.layout.template.layout.legend
+    assert (above.orientation, above.yanchor) == ("h", "bottom")  # grows away from the plot
+    beside = figure.legend_right().layout.legend
+    assert (beside.orientation, beside.yanchor, beside.y) == ("v", "top", 1)  # and this one downwards
