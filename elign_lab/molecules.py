@@ -17,6 +17,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from elign_lab.archives import read_archive
+
 if TYPE_CHECKING:
     from ase import Atoms
     from rdkit.Chem import Mol
@@ -220,14 +222,8 @@ class MoleculeBatch:
     @classmethod
     def from_npz(cls, path: str | Path, check: bool = True) -> MoleculeBatch:
         """Read the NumPy archive that `to_npz` writes; ValueError for another file."""
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                numbers, positions, mask = map(torch.from_numpy, (archive[k] for k in ("numbers", "positions", "mask")))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # a damaged zip raises any of a dozen types
-            raise ValueError(f"{path} is no archive of molecules (numbers, positions, mask): {error}") from None
-        return cls(numbers, positions, mask, check=check)
+        arrays = read_archive(path, ("numbers", "positions", "mask"), "no archive of molecules")
+        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()}, check=check)
 
     def to_npz(self, path: str | Path) -> None:
         """Write numbers, positions and mask as one NumPy archive, every digit kept."""

@@ -3,45 +3,33 @@
 python scripts/gradient_signal.py [--model gpff-mini] [--estimates 8] [--set field=value ...]
 
 For the settings of `elign-lab gpff align` it makes the rollouts of several iterations with the weights unchanged, and
-from each the gradient of the surrogate, for each trained step and in all. The share of signal is the mean scalar
+from each the gradient of the loss, for each trained step and in all. The share of signal is the mean scalar
 product of two of them over their mean square: 1 without noise, 0 (a little above or below) when nothing is in common.
 Below a tenth or so a run walks at random: more rollouts, fewer trained steps, or another sampler.
 """
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from elign_lab import load_oracle
-from elign_lab.alignment.objective import clipped_surrogate, log_ratio
 from elign_lab.gpff import load_force_field
 from elign_lab.gpff.alignment import ForceFieldTrainer, gpff_cpu_mini
 from elign_lab.overrides import override
 
-PAIRS = 64  # rollouts in one network call
-
 
 def gradients(trainer: ForceFieldTrainer, index: int) -> Tensor:
-    """Mean gradient (S, weights) of the surrogate of each trained step, from the rollouts of iteration `index`."""
+    """Mean gradient (S, weights) of the loss of each trained step, from the rollouts of iteration `index`."""
     rollouts = trainer.roll_out(index)
-    advantages = trainer.advantages(rollouts, trainer.judge(rollouts)).reshape(-1, rollouts.steps)
-    scale = trainer.ratio_scale(rollouts)
-    rows = torch.nonzero(rollouts.finite).flatten()
+    advantages = trainer.advantages(rollouts, trainer.judge(rollouts))
     found = []
     for step in range(rollouts.steps):
-        total = [torch.zeros_like(p) for p in trainer.parameters]
-        for row in rows.split(PAIRS):
-            steps = torch.full_like(row, step)
-            eps = trainer.prediction(trainer.policy, rollouts, steps, row)
-            ratio = log_ratio(rollouts.noise[step, row], eps, rollouts.eps[step, row], scale[steps].to(eps))
-            surrogate, _ = clipped_surrogate(ratio, advantages[row, step], float("inf"))
-            parts = torch.autograd.grad(surrogate.sum(), trainer.parameters, allow_unused=True)
-            total = [t if g is None else t + g for t, g in zip(total, parts, strict=True)]
-        found.append(torch.cat([t.flatten() for t in total]).double() / len(rows))
+        units = torch.arange(rollouts.groups) * rollouts.steps + step
+        trainer.set_gradients(rollouts, advantages, units, 1 / len(rollouts.finite))
+        found.append(torch.cat([p.grad.flatten() for p in trainer.parameters]).double())
     return torch.stack(found)
 
 
@@ -60,9 +48,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     arguments = parser.parse_args()
     config = override(gpff_cpu_mini(), arguments.set)
-    trainer = ForceFieldTrainer(
-        load_force_field(arguments.model), load_oracle(arguments.oracle), replace(config, pairs_per_iteration=None)
-    )
+    trainer = ForceFieldTrainer(load_force_field(arguments.model), load_oracle(arguments.oracle), config)
     of_step = defaultdict(list)
     for index in tqdm(range(arguments.estimates), desc="estimates"):
         for step, gradient in enumerate(gradients(trainer, index)):

@@ -13,16 +13,14 @@ again with the same options, the script goes on where it was. Another --n gives 
 import argparse
 import itertools
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 from tqdm import tqdm
 
 from elign_lab import MoleculeBatch, load_dataset, load_model, load_oracle, sample
@@ -139,13 +137,8 @@ def main() -> None:
         n=arguments.n,
         seed=arguments.seed,
         figures=rows,
-        commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
         machine=f"{platform.machine()}, CPU",
-        versions={
-            name: metadata.version(name) for name in ("torch", *(PACKAGES[oracle] for oracle in arguments.oracles))
-        },
-        date=datetime.now(UTC).date().isoformat(),
-        licence="MIT",
+        **provenance(("torch", *(PACKAGES[oracle] for oracle in arguments.oracles))),
     )
     print(path, path.stat().st_size, "bytes")
 

@@ -314,14 +314,24 @@ class PolicyTrainer(ABC):
         factor = warmup_cosine(self.updates_done, c.warmup, c.total_updates, c.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = c.learning_rate * factor
-        for p in self.parameters:  # zeros and not None: a process may have no pair in this step
-            p.grad = torch.zeros_like(p)
-        for chunk in units.split(max(c.pairs_per_call // rollouts.members, 1)):
-            self._accumulate(rollouts, advantages, chunk, processes / pairs, sums)
+        self.set_gradients(rollouts, advantages, units, processes / pairs, sums)
         average_gradients(self.accelerator, self.parameters)
         sums[5] += clip_gradients(self.parameters, c.max_grad_norm).double()
         self.optimizer.step()
         self.updates_done += 1
+
+    def set_gradients(
+        self, rollouts: Rollouts, advantages: Tensor, units: Tensor, scale: float, sums: Tensor | None = None
+    ) -> None:
+        """Set the gradients of the policy to those of `scale` times the summed loss of the pairs of these units.
+
+        units: indices group * S + step of this process's rollouts; sums (6,), if given, gets the terms of the metrics.
+        """
+        sums = torch.zeros(6, dtype=torch.float64, device=self.accelerator.device) if sums is None else sums
+        for p in self.parameters:  # zeros and not None: a process may have no pair in this step
+            p.grad = torch.zeros_like(p)
+        for chunk in units.split(max(self.config.pairs_per_call // rollouts.members, 1)):
+            self._accumulate(rollouts, advantages, chunk, scale, sums)
 
     def _accumulate(self, rollouts: Rollouts, advantages: Tensor, units: Tensor, scale: float, sums: Tensor) -> None:
         """Add the gradient of `scale` times the summed loss of the pairs of these units."""

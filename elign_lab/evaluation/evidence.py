@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elign_lab.archives import read_archive
 from elign_lab.checkpoints import ASSETS, verify_asset
 from elign_lab.evaluation.physics import physics
 from elign_lab.molecules import MoleculeBatch
@@ -85,14 +86,8 @@ class Evidence:
             raise FileNotFoundError(f"no evidence file {path}: make it with scripts/make_evidence.py")
         if path.parent == ASSETS:
             verify_asset(path)
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-        except Exception as error:  # a damaged zip raises any of a dozen types
-            raise ValueError(f"{path} is not an evidence file, or damaged: {error}") from None
-        fields = {"models", "oracles", "numbers", "positions", "energy_per_atom", "f_rms", "status"}
-        if missing := fields - arrays.keys():
-            raise ValueError(f"{path} is not an evidence file: it has no {', '.join(sorted(missing))}")
+        names = ("models", "oracles", "numbers", "positions", "energy_per_atom", "f_rms", "status")
+        arrays = read_archive(path, names, "not an evidence file")
         numbers = torch.from_numpy(arrays["numbers"].astype(np.int64))
         positions = torch.from_numpy(arrays["positions"])
         return cls(

@@ -31,12 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from elign_lab.checkpoints import ASSETS, read_weights, verify_asset, write_weights
+from elign_lab.checkpoints import ASSETS, bundled_models, read_weights, verify_asset, write_weights
 from elign_lab.molecules import MoleculeBatch, zero_com
 from elign_lab.painn import PaiNN, PaiNNConfig
 
 BUNDLED = "gpff-mini"
-BUNDLED_ALIGNED = "gpff-mini-aligned"  # for few evaluations
 FORMAT = "elign_lab.gpff/1"
 VARIANTS = ("direct", "conservative")
 
@@ -198,9 +197,10 @@ def load_force_field(name: str | Path = BUNDLED, *, device: torch.device | str =
     if not path.is_file():
         path = ASSETS / f"{name}.safetensors"
         if not path.is_file():
+            bundled = ", ".join(repr(p["name"]) for p in bundled_models() if p["kind"] == "pseudo-force field")
             raise FileNotFoundError(
-                f"no pseudo-force field {str(name)!r}: neither a file nor a bundled model ({BUNDLED!r}, "
-                f"{BUNDLED_ALIGNED!r}); train one with: elign-lab gpff train --out DIR"
+                f"no pseudo-force field {str(name)!r}: neither a file nor a bundled model ({bundled}); "
+                "train one with: elign-lab gpff train --out DIR"
             )
         verify_asset(path)
     state, metadata = read_weights(path)

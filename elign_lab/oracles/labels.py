@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from elign_lab.archives import read_archive
 from elign_lab.datasets import load_dataset
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
@@ -118,11 +119,7 @@ class LabelSet:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no label file {path}: make it first, see elign_lab.oracles.labels.make_labels")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = {f.name for f in fields(cls)} - set(archive.files)
-            if missing:
-                raise ValueError(f"{path} is not a label file: it has no {', '.join(sorted(missing))}")
-            return cls(**{f.name: archive[f.name] for f in fields(cls)})
+        return cls(**read_archive(path, [f.name for f in fields(cls)], "not a label file"))
 
     @classmethod
     def cat(cls, sets: Iterable[LabelSet]) -> LabelSet:

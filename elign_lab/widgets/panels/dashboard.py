@@ -38,14 +38,14 @@ def dashboard_figure(rows: Sequence[Metrics], channels: Sequence[str] = ()) -> F
     """
     curves = [*_CURVES, *((f"reward {name}", f"reward_{name}", None, COLORS["aligned"]) for name in channels)]
     lines = -(-len(curves) // 2)
-    known = {title: _curve(rows, key)[1] for title, key, *_ in curves}
-    words = "; ".join(f"{title} from {y[0]:.3g} to {y[-1]:.3g}" for title, y in known.items() if y) or "none yet"
+    known = [_curve(rows, key) for _, key, *_ in curves]
+    named = [(title, y) for (title, *_), (_, y) in zip(curves, known, strict=True) if y]
+    words = "; ".join(f"{title} from {y[0]:.3g} to {y[-1]:.3g}" for title, y in named) or "none yet"
     alt = f"Learning curves over {len(rows)} iterations: {words}."
     figure = Figure(x="iteration", y=curves[0][0], alt=alt, height=215 * lines, template=PANEL)
     figure.set_subplots(lines, 2, horizontal_spacing=0.1, vertical_spacing=0.24 / lines)
-    for k, (title, key, evaluated, color) in enumerate(curves):
+    for k, ((title, _, evaluated, color), (x, y)) in enumerate(zip(curves, known, strict=True)):
         where = {"row": k // 2 + 1, "col": k % 2 + 1}
-        x, y = _curve(rows, key)
         style = {"line": {"color": color}, "marker": {"size": 5}}
         figure.add_scatter(x=x, y=y, mode="lines+markers", name=title, **style, **where)
         if evaluated:
