@@ -6,6 +6,7 @@ killed run resumes to the same numbers, and any number of processes draws the sa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
@@ -174,6 +175,18 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def make_accelerator() -> Accelerator:
+    """The processes that torchrun or accelerate started, or this one alone; on the CPU when there is no GPU.
+
+    Several processes leave their group when Python ends: one that goes without leaving can find itself aborted by the
+    threads of its group (gloo: "terminate called without an active exception"), after all its work is done.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.end_training)
+    return accelerator
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:

@@ -45,6 +45,7 @@ from elign_lab.training import (
     average_gradients,
     clip_gradients,
     load_state,
+    make_accelerator,
     require_same_run,
     save_state,
     step_generator,
@@ -94,7 +95,7 @@ class PolicyTrainer(ABC):
         channels: Sequence[TerminalChannel] = (),
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = accelerator or make_accelerator()
         self.policy = policy.to(self.accelerator.device)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.oracle, self.config, self.channels = oracle, config, tuple(channels)

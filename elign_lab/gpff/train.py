@@ -44,6 +44,7 @@ from elign_lab.training import (
     average_gradients,
     check_optimizer,
     clip_gradients,
+    make_accelerator,
     make_optimizer,
     resume_run,
     save_run,
@@ -122,7 +123,7 @@ def train(
     run in `out` has other settings.
     """
     out = Path(out)
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator or make_accelerator()
     options = {"geometry": config.geometry} if config.geometry else {}
     with accelerator.main_process_first():  # a first use converts the files, for all processes
         data = load_dataset(config.dataset, split="train", root=config.root, **options)

@@ -44,6 +44,7 @@ from elign_lab.training import (
     check_optimizer,
     clip_gradients,
     load_state,
+    make_accelerator,
     make_optimizer,
     restore_run,
     save_run,
@@ -102,7 +103,7 @@ def fit_oracle(
     the run in `out` has other settings or labels.
     """
     out = Path(out)
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator or make_accelerator()
     model = _initial_model(config, labels, atom_energies, start).to(accelerator.device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate)
