@@ -17,11 +17,12 @@ from torch import Tensor
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling import StepRecord, ancestral, decode_record, mask_of_sizes
+from elign_lab.shapes import Shapes
 from elign_lab.training import step_generator
 
 
-@dataclass(frozen=True)
-class Rollouts:
+@dataclass(frozen=True, repr=False)
+class Rollouts(Shapes):
     """G groups of K rollouts, group-major: rollout i belongs to group i // K.
 
     times (S + 1): the trained part of the grid, from T_p down to 0. states, noise and eps (S, G K, N, 3 + F): z_t, the

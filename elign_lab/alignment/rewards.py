@@ -16,6 +16,7 @@ from elign_lab.alignment.mdp import Rollouts
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle, clip_forces, f_rms
+from elign_lab.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class TerminalChannel:
     reward: Callable[[MoleculeBatch], Tensor]
 
 
-@dataclass(frozen=True)
-class Rewards:
+@dataclass(frozen=True, repr=False)
+class Rewards(Shapes):
     """Rewards of G K rollouts. ok (G K,): the oracle could judge the result; where it could not, values are NaN.
 
     energy, force (G K,): r_E = -E_f and r_F = -f_RMS. return_to_go (G K, S): G_t at each trained step. channels:

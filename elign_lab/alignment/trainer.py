@@ -38,6 +38,7 @@ from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Oracle
 from elign_lab.sampling import require_all, sample
+from elign_lab.shapes import Shapes
 from elign_lab.training import (
     JsonLines,
     StopRequest,
@@ -60,8 +61,8 @@ class OracleFailureError(RuntimeError):
     """The oracle failed on so many rollouts that training on the rest would be misleading."""
 
 
-@dataclass(frozen=True)
-class Iteration:
+@dataclass(frozen=True, repr=False)
+class Iteration(Shapes):
     """What one iteration did: for the log, the dashboard and the notebooks."""
 
     index: int

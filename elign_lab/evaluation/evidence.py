@@ -20,6 +20,7 @@ from elign_lab.checkpoints import ASSETS, verify_asset
 from elign_lab.evaluation.physics import physics
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import Oracle
+from elign_lab.shapes import Shapes
 
 EVIDENCE = ASSETS / "evidence.npz"
 GPFF_EVIDENCE = ASSETS / "evidence-gpff.npz"
@@ -30,8 +31,8 @@ DFT_SETTINGS = {"density_fit": True, "grid_level": 1, "conv_tol": 1e-8}
 FloatArray = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Shapes):
     """Sets of molecules and what oracles say of them; molecules i of all sets belong together (noise, or composition).
 
     models (K names of the sets), oracles (J names); per set a batch of M molecules; energy_per_atom (K, J, M) formation

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.shapes import Shapes
 
 if TYPE_CHECKING:
     from elign_lab.oracles import Oracle
 
 
-@dataclass(frozen=True)
-class Physics:
+@dataclass(frozen=True, repr=False)
+class Physics(Shapes):
     """Formation energy per atom (B,) in eV and force RMS (B,) in eV/Angstrom; NaN where `ok` (B,) is False.
 
     status: "ok", or the oracle's reason, per molecule.

@@ -24,6 +24,7 @@ from elign_lab.evaluation.stability import stability
 from elign_lab.evaluation.validity import novelty as novel_fraction
 from elign_lab.evaluation.validity import smiles
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.shapes import Shapes
 
 if TYPE_CHECKING:
     from elign_lab.oracles import Oracle
@@ -44,8 +45,8 @@ MEDIANS = {
 FloatArray = NDArray[np.floating]
 
 
-@dataclass(frozen=True)
-class MoleculeResults:
+@dataclass(frozen=True, repr=False)
+class MoleculeResults(Shapes):
     """The results of every molecule, in the order of the batch: arrays (B,).
 
     atoms and stable_atoms: counts; smiles: of the largest fragment, or None; energy_per_atom in eV and f_rms in

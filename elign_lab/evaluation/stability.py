@@ -14,6 +14,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.shapes import Shapes
 
 # Typical bond lengths in picometres, of the public EDM repository (its QM9 and GEOM-Drugs tables), which names as its
 # sources www.wiredchemist.com/chemistry/data/bond_energies_lengths.html and chemistry-reference.com.
@@ -55,8 +56,8 @@ _NUMBERS = [atomic_numbers[s] for s in _VALENCES]
 _PAIRS_AT_A_TIME = 1 << 20  # bounds the memory: about 100 MB of intermediate results
 
 
-@dataclass(frozen=True)
-class StabilityResult:
+@dataclass(frozen=True, repr=False)
+class StabilityResult(Shapes):
     """Which atoms and molecules are stable: atoms (B, N) bool, False on padding; molecule (B,) bool."""
 
     atoms: Tensor

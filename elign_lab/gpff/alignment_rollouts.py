@@ -36,7 +36,7 @@ from elign_lab.training import step_generator
 STOCHASTIC = ("direct", "ancestral")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForceRollouts(Rollouts):
     """Rollouts of given atoms: states, noise and eps are (S, G K, N, 3), states and eps in Angstrom.
 

@@ -10,7 +10,7 @@ from elign_lab.molecules import MoleculeBatch
 from elign_lab.sampling.record import StepRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForceRecord(StepRecord):
     """One update. The states are positions (B, N, 3) in Angstrom; t counts the updates that are left after this one.
 

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from elign_lab.molecules import MAX_ATOMIC_NUMBER, MoleculeBatch, atomic_number, symbol
 from elign_lab.oracles._evaluation import OK, Evaluation, Molecule
+from elign_lab.shapes import Shapes
 
 __all__ = ["AtomEnergies", "Evaluation", "Molecule", "Oracle", "OracleResult", "clip_forces", "f_rms"]
 
 
-@dataclass(frozen=True)
-class OracleResult:
+@dataclass(frozen=True, repr=False)
+class OracleResult(Shapes):
     """Energies and forces of a batch.
 
     energy (B,) in eV; forces (B, N, 3) in eV/Angstrom, zero on padding; ok (B,) bool; status: "ok" or a short reason

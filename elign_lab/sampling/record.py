@@ -10,10 +10,11 @@ from torch import Tensor
 
 from elign_lab.denoiser import Denoiser
 from elign_lab.molecules import MoleculeBatch
+from elign_lab.shapes import Shapes
 
 
-@dataclass(frozen=True)
-class StepRecord:
+@dataclass(frozen=True, repr=False)
+class StepRecord(Shapes):
     """One reverse step from t to s. All states are (B, N, 3 + F) in the scaling of the model.
 
     z_s = mean + sigma * noise, projected; clean is x0_hat(z_t); eps the predicted noise. The last step, the decoding,

@@ -392,7 +392,11 @@ function createView(store, model, el) {
       invalidate();
     });
     on("dblclick", home);
-    on("wheel", (event) => { event.preventDefault(); zoomBy(Math.exp(-event.deltaY * 0.0012)); }, { passive: false });
+    on("wheel", (event) => {
+      if (document.activeElement !== canvas) return; // until it is clicked the wheel is the page's
+      event.preventDefault();
+      zoomBy(Math.exp(-event.deltaY * 0.0012));
+    }, { passive: false });
   }
   const keys = {
     ArrowLeft: () => rotate(0, -0.12), ArrowRight: () => rotate(0, 0.12), ArrowUp: () => rotate(-0.12, 0), ArrowDown: () => rotate(0.12, 0),
@@ -456,7 +460,7 @@ function createView(store, model, el) {
     const parts = [panel.title, frame?.label].filter(Boolean), bad = frame?.bad ? [`${frame.bad} of ${frame.n} atoms not finite`] : [];
     panel.caption.replaceChildren(...parts.map((text) => tag("span", {}, text)), ...bad.map((text) => tag("span", { class: "elv-bad" }, text)));
     const what = frame ? `${formula(frame, store.tables.symbols)}, ${frame.n} atoms` : "no frame yet";
-    panel.canvas.ariaLabel = `${[...parts, what].join(", ")}. Drag or arrow keys rotate${get("draggable") ? " (on an atom, a drag moves it)" : ""}, wheel or + and - zoom, click picks an atom.`;
+    panel.canvas.ariaLabel = `${[...parts, what].join(", ")}. Drag or arrow keys rotate${get("draggable") ? " (on an atom, a drag moves it)" : ""}, click picks an atom, then the wheel or + and - zoom.`;
     panel.box.classList.toggle("elv-empty", !frame);
   }
   function select({ label, hits }, frame, ctx) {
