@@ -11,7 +11,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from elign_lab.denoiser import Denoiser, DenoiserConfig
 
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = "elign_lab.denoiser/1"
+DENOISERS = ("denoiser",)
+GENERATORS = ("denoiser", "pseudo-force field")  # kinds of passports whose models make molecules
 EDM_WEIGHTS = ("generative_model_ema.npy", "generative_model.npy")
 EDM_ELEMENTS = {
     "qm9": (1, 6, 7, 8, 9),
@@ -76,13 +78,44 @@ def load_model(name: str | Path, *, device: torch.device | str = "cpu") -> Denoi
     elif path.is_file():
         model = _load_own(path)
     else:
-        path = ASSETS / f"{name}.safetensors"
-        if not path.is_file():
-            known = ", ".join(p["name"] for p in bundled_models() if p["kind"] == "denoiser") or "none"
-            raise FileNotFoundError(f"no model {str(name)!r}: neither a path nor a bundled model (bundled: {known})")
+        path = _bundled_file(name, DENOISERS)
         verify_asset(path)
         model = _load_own(path)
     return model.to(device).eval()
+
+
+def model_file(name: str | Path) -> Path:
+    """The file with the weights of a model that makes molecules, of either kind: see `load_model` for the names.
+
+    Raises FileNotFoundError for an unknown name, and for a folder without weights.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _public_edm_files(path)[0]
+    return path if path.is_file() else _bundled_file(name, GENERATORS)
+
+
+def model_format(name: str | Path) -> str:
+    """What a model's file says that it holds, such as FORMAT; a folder in the public EDM format holds a denoiser.
+
+    Raises FileNotFoundError for an unknown name, ValueError for a file that is not a readable safetensors file.
+    """
+    path = model_file(name)
+    if Path(name).is_dir():
+        return FORMAT
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format", "unknown")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _bundled_file(name: str | Path, kinds: Collection[str]) -> Path:
+    path = ASSETS / f"{name}.safetensors"
+    if not path.is_file():
+        known = ", ".join(p["name"] for p in bundled_models() if p["kind"] in kinds) or "none"
+        raise FileNotFoundError(f"no model {str(name)!r}: neither a path nor a bundled model (bundled: {known})")
+    return path
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,7 +131,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _load_own(path: Path) -> Denoiser:
     state, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a denoiser of this package: format {metadata.get('format')!r}, not {FORMAT!r}")
+        hint = "; `elign-lab gpff sample` and load_force_field read it" if "gpff" in metadata.get("format", "") else ""
+        found = f"format {metadata.get('format')!r}, not {FORMAT!r}{hint}"
+        raise ValueError(f"{path} is not a denoiser of this package: {found}")
     try:
         config = json.loads(metadata["config"])
         config["elements"], config["scale"] = tuple(config["elements"]), tuple(config["scale"])
@@ -158,6 +193,11 @@ def verify_asset(path: str | Path) -> dict[str, Any]:
 def bundled_models() -> list[dict[str, Any]]:
     """Passports of the bundled models, by name."""
     return [read_passport(path) for path in sorted(ASSETS.glob("*.safetensors"))]
+
+
+def bundled_assets() -> list[dict[str, Any]]:
+    """Passports of all bundled files, by name: the models, the data, and the figures that oracles gave."""
+    return [json.loads(path.read_text()) for path in sorted(ASSETS.glob("*.json"))]
 
 
 # ---------------------------------------------------------------------- public EDM checkpoints
@@ -238,11 +278,17 @@ def from_edm_state(state: Mapping[str, Tensor], config: DenoiserConfig) -> Denoi
     return model
 
 
-def _load_public_edm(folder: Path) -> Denoiser:
+def _public_edm_files(folder: Path) -> tuple[Path, Path]:
+    """Weights and settings of a folder in the public EDM format."""
     weights = next((folder / name for name in EDM_WEIGHTS if (folder / name).is_file()), None)
     args = folder / "args.pickle"
     if weights is None or not args.is_file():
         raise FileNotFoundError(f"{folder} is not in the public EDM format: expected {EDM_WEIGHTS[0]} and args.pickle")
+    return weights, args
+
+
+def _load_public_edm(folder: Path) -> Denoiser:
+    weights, args = _public_edm_files(folder)
     try:
         config = edm_config(read_edm_args(args))
     except KeyError as error:

@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -22,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 from elign_lab.overrides import override
 
 if TYPE_CHECKING:
-    from elign_lab.evaluation import Evaluation
+    from elign_lab.evaluation.candidates import Candidate, Sampling
     from elign_lab.molecules import MoleculeBatch
     from elign_lab.oracles import Oracle
 
 Command = Callable[[argparse.Namespace], int]
 
 ERROR, INTERRUPTED = 2, 130
+MOLECULES, HTML, JSON = (".xyz", ".sdf", ".npz"), (".html",), (".json",)
 
 _SAMPLE_RESUME = "only the batches that were finished, if any, were written"
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that the terminal's encoding lacks must not lose a result
     arguments = _parser().parse_args(argv)
+    arguments.command_line = shlex.join(["elign-lab", *(sys.argv[1:] if argv is None else argv)])
     interrupts: list[int] = []
     restore = _on_interrupt(interrupts)
     try:
@@ -97,7 +100,7 @@ def _command(commands: Any, name: str, run: Command, text: str, resume: str = ""
 def _add_inspection(commands: Any) -> None:
     p = _command(commands, "doctor", _doctor, "say what is installed, what works, and what to do about each problem")
     _add_json(p)
-    p = _command(commands, "models", _models, "list the bundled models")
+    p = _command(commands, "models", _models, "list the bundled models and data, with their figures")
     _add_json(p)
     p = _command(commands, "start", _start, "copy the notebooks to a folder of your own; existing files are kept")
     p.add_argument("folder", type=Path, metavar="DIR")
@@ -168,8 +171,9 @@ def _add_judging(commands: Any) -> None:
     p.add_argument("--out", type=Path, help="file.xyz, file.sdf or file.npz (default: xyz to standard output)")
 
     p = _command(commands, "evaluate", _evaluate, "sample molecules and judge them")
-    _add_model(p)
+    _add_model(p, "a denoiser or a pseudo-force field: ")
     _add_sampling(p)
+    _add_variant(p)
     _add_oracle(p)
     _add_json(p)
 
@@ -177,6 +181,7 @@ def _add_judging(commands: Any) -> None:
     p.add_argument("base", help="the model before alignment")
     p.add_argument("aligned", help="the model after alignment")
     _add_sampling(p)
+    _add_variant(p)
     _add_oracle(p)
     p.add_argument("--history", type=Path, help="log.jsonl of the alignment, for the learning curves")
     _add_out(p, "the HTML file", Path("report.html"))
@@ -256,11 +261,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, kinds: str = "") -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a bundled model's name, a .safetensors file, or a folder in the public EDM format",
+        help=f"{kinds}a bundled model's name, a .safetensors file, or a folder in the public EDM format",
     )
 
 
@@ -278,9 +283,7 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=_positive, default=64, help="number of molecules (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="reverse steps (default: all of the model's)")
-    parser.add_argument(
-        "--spacing", type=float, default=1.0, help="of fewer steps: 1 is even, 2 has more near the end (default: 1)"
-    )
+    parser.add_argument("--spacing", type=float, help="of fewer steps: 1 is even, 2 has more near the end (default: 1)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of sizes and noise (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
     parser.add_argument(
@@ -288,6 +291,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=64,
         help="molecules at a time, which a GPU needs more of; the noise depends on it (default: %(default)s)",
+    )
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="sampler of a pseudo-force field, such as 'relaxation, momentum' (default: 'direct, 0.3'); its --steps "
+        "are network evaluations (default: 64)",
     )
 
 
@@ -357,44 +369,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from elign_lab.checkpoints import bundled_models
+    from elign_lab.catalogue import catalogue
+    from elign_lab.checkpoints import bundled_assets
 
-    passports = bundled_models()
-    if arguments.json:
-        print(json.dumps(passports, indent=2))
-        return 0
-    for p in passports:
-        about = p.get("description") or p.get("method", "")
-        print(f"{p['name']:20s} {p.get('kind', 'denoiser'):14s} {p['bytes'] / 1e6:6.2f} MB  {about}")
+    passports = bundled_assets()
+    print(json.dumps(passports, indent=2) if arguments.json else catalogue(passports))
     return 0
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    source = _shipped("notebooks")
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if path.is_file() and not any(part.startswith((".", "__")) for part in name.parts):
-            _give(arguments.folder / name, path.read_bytes())
-    if arguments.assignments:
-        from elign_lab.teaching.assignments import student_version
+    from elign_lab.teaching.start import own_files
 
-        for path in sorted((_shipped("assignments") / "source").glob("*/*.ipynb")):
-            content = student_version(json.loads(path.read_bytes()))
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            _give(arguments.folder / "assignments" / path.name, text.encode())
-    # notebooks name it: what each number of an alignment means
-    _give(arguments.folder / "docs" / "metrics.md", (_shipped("docs") / "metrics.md").read_bytes())
+    for name, content in own_files(assignments=arguments.assignments):
+        _give(arguments.folder / name, content)
     print(f"now run: jupyter lab {arguments.folder}")
     return 0
-
-
-def _shipped(name: str) -> Path:
-    """A folder of the repository, or its copy in the installed package."""
-    package = Path(__file__).parent
-    found = next((f for f in (package / f"_{name}", package.parent / name) if f.is_dir()), None)
-    if found is None:
-        raise FileNotFoundError(f"the {name} are not installed: reinstall elign-lab, or work in a checkout")
-    return found
 
 
 def _give(target: Path, content: bytes) -> None:
@@ -410,6 +399,7 @@ def _give(target: Path, content: bytes) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from elign_lab.demo import DemoConfig, run_demo
 
+    _check_folder(arguments.out)
     with _oracle_failures():
         result = run_demo(arguments.out, DemoConfig(model=arguments.model, preference=arguments.oracle))
     print(result.text())
@@ -419,6 +409,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from elign_lab import benchmarks
 
+    _check_file(arguments.out, JSON)
     if arguments.subject == "oracles" and arguments.device != "cpu":
         raise ValueError("--device is for the denoiser: the oracles are timed on the CPU")
     repeats = {} if arguments.repeats is None else {"repeats": arguments.repeats}
@@ -457,6 +448,7 @@ def _fit_oracle(arguments: argparse.Namespace) -> int:
     from elign_lab.oracles.labels import LabelPlan, make_labels
     from elign_lab.oracles.learned import load_energy_model
 
+    _check_folder(arguments.out)
     config = FitConfig() if arguments.steps is None else override(FitConfig(), [f"steps={arguments.steps}"])
     config = override(config, arguments.set)
     plan = override(LabelPlan(), arguments.plan)
@@ -476,7 +468,7 @@ def _fit_oracle(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from elign_lab.sampling import sample
 
-    _check_suffix(arguments.out)
+    _check_file(arguments.out, MOLECULES)
     n, sizes = arguments.n, arguments.sizes
     if sizes is not None and len(sizes) == 1:
         sizes = sizes * n
@@ -485,7 +477,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         n,
         sizes=sizes,
         steps=arguments.steps,
-        spacing=arguments.spacing,
+        spacing=1.0 if arguments.spacing is None else arguments.spacing,
         seed=arguments.seed,
         sampler=arguments.sampler,
         batch_size=arguments.batch_size,
@@ -495,34 +487,71 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    model = _model(arguments.model, arguments.device)
+    from elign_lab.evaluation import evaluate
+    from elign_lab.evaluation.candidates import make_molecules
+
+    (candidate,), sampling = _candidates([arguments.model], arguments)
     with _oracle(arguments) as oracle:
-        evaluation, _ = _sample_and_evaluate(model, oracle, arguments)
+        (molecules,) = make_molecules([candidate], sampling)
+        evaluation = evaluate(molecules, oracle, seed=arguments.seed)
     if not arguments.json:
         print(evaluation.table())
         return 0
-    names = ("seed", "model", "oracle", "steps", "spacing", "batch_size")
-    made_with = {name: getattr(arguments, name) for name in names}
-    print(json.dumps({**evaluation.to_dict(), **made_with}, indent=2))
+    made_with = {name: getattr(arguments, name) for name in ("seed", "model", "oracle", "batch_size")}
+    print(json.dumps({**evaluation.to_dict(), **made_with, **candidate.settings(sampling)}, indent=2))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from elign_lab.evaluation import compare, write_html
+    from elign_lab.evaluation import compare, evaluate, write_html
+    from elign_lab.evaluation.candidates import make_molecules
     from elign_lab.training import read_json_lines
 
+    _check_file(arguments.out, HTML)
     history = None if arguments.history is None else read_json_lines(arguments.history)
     if history == []:
         raise ValueError(f"--history {arguments.history} holds no iteration: expected the log.jsonl of an alignment")
-    models = [_model(name, arguments.device) for name in (arguments.base, arguments.aligned)]
-    with _oracle(arguments) as oracle:
-        (base, base_molecules), (aligned, aligned_molecules) = (
-            _sample_and_evaluate(model, oracle, arguments) for model in models
+    candidates, sampling = _candidates([arguments.base, arguments.aligned], arguments)
+    paired = candidates[0].is_field == candidates[1].is_field
+    if not paired:
+        print(
+            "elign-lab: not paired: a denoiser draws its own atoms, a pseudo-force field is given them", file=sys.stderr
         )
-    write_html(arguments.out, base, aligned, base_molecules, aligned_molecules, history)
+    with _oracle(arguments) as oracle:
+        first, second = make_molecules(candidates, sampling)
+        base, aligned = (evaluate(batch, oracle, seed=arguments.seed) for batch in (first, second))
+    about = _about_report(candidates, sampling, arguments, paired)
+    write_html(arguments.out, base, aligned, first, second, history, about=about, paired=paired)
     print(compare(base, aligned).table())
     print(f"report: {arguments.out}")
     return 0
+
+
+def _about_report(
+    candidates: Sequence[Candidate], sampling: Sampling, arguments: argparse.Namespace, paired: bool
+) -> dict[str, str]:
+    """What a report says of its making."""
+    from datetime import UTC, datetime
+
+    import torch
+
+    from elign_lab import __version__
+    from elign_lab.oracles import ORACLES
+
+    options = "".join(f", {option}" for option in arguments.oracle_option)
+    together = "same seed, sizes and noise for both models" if paired else "not paired: each model has its own atoms"
+    if paired and candidates[0].is_field:
+        together = "same seed, atoms and noise for both models"
+    return {
+        **{
+            role: f"{c.name} (sha256 {c.sha256[:12]}), {c.kind}: {c.made_by(sampling)}"
+            for role, c in zip(("base", "aligned"), candidates, strict=True)
+        },
+        "oracle": f"{arguments.oracle}{options}: {ORACLES[arguments.oracle].description}",
+        "molecules": f"{sampling.n} of each, seed {sampling.seed}, {sampling.batch_size} at a time; {together}",
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC with elign_lab {__version__}, torch {torch.__version__}",
+        "command": arguments.command_line,
+    }
 
 
 def _gpff_train(arguments: argparse.Namespace) -> int:
@@ -541,7 +570,7 @@ def _gpff_align(arguments: argparse.Namespace) -> int:
 def _gpff_sample(arguments: argparse.Namespace) -> int:
     from elign_lab.gpff import generate, load_force_field
 
-    _check_suffix(arguments.out)
+    _check_file(arguments.out, MOLECULES)
     molecules = generate(
         load_force_field(arguments.model),
         arguments.n if arguments.n or arguments.composition else 64,
@@ -559,6 +588,7 @@ def _gpff_evaluate(arguments: argparse.Namespace) -> int:
     from elign_lab.gpff import denoiser_table, load_force_field, quality_json, quality_table, quality_text
     from elign_lab.gpff.quality import BUDGETS, VARIANTS
 
+    _check_file(arguments.out, JSON)
     n, budgets = arguments.n, arguments.evaluations or BUDGETS
     wanted = arguments.sampler or list(VARIANTS)
     if unknown := [name for name in wanted if name not in VARIANTS]:
@@ -588,6 +618,7 @@ def _run_on_data(
     arguments: argparse.Namespace, presets: dict[str, Callable[[], Any]], run: Callable[..., object]
 ) -> int:
     """Start or continue a training with the options of `_add_run_on_data`."""
+    _check_folder(arguments.out)
     config = _preset(presets, arguments.preset)
     flags = {name: getattr(arguments, name) for name in ("steps", "batch_size", "dataset", "root")}
     config = override(config, [f"{name}={value}" for name, value in flags.items() if value is not None])
@@ -604,6 +635,7 @@ def _run_alignment(
     load: Callable[[], object],
 ) -> int:
     """Start or continue an alignment of the model that `load` reads, with the options of `_add_alignment`."""
+    _check_folder(arguments.out)
     config = _preset(presets, arguments.preset)
     if arguments.iterations is not None:
         config = override(config, [f"iterations={arguments.iterations}"])
@@ -642,13 +674,30 @@ def _preset(presets: Mapping[str, Callable[[], Any]], name: str) -> Any:
 
 
 def _model(name: str, device: str | None) -> Any:
-    import torch
-
     from elign_lab.checkpoints import load_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
-    return load_model(name, device=device)
+    return load_model(name, device=_device(device))
+
+
+def _candidates(names: Sequence[str], arguments: argparse.Namespace) -> tuple[list[Candidate], Sampling]:
+    """The models that are to be judged, of either kind, and how their molecules are made."""
+    from elign_lab.evaluation.candidates import Sampling, check_sampling, load_candidate
+
+    sampling = Sampling(
+        arguments.n, arguments.steps, arguments.spacing, arguments.variant, arguments.seed, arguments.batch_size
+    )
+    device = _device(arguments.device)
+    candidates = [load_candidate(name, device) for name in names]
+    check_sampling(candidates, sampling)
+    return candidates, sampling
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(name)
+    return name
 
 
 def _check_device(device: str) -> None:
@@ -682,26 +731,33 @@ def _oracle(arguments: argparse.Namespace) -> Iterator[Oracle]:
             print(f"{oracle.path}: {oracle.hits} molecules answered from it, {oracle.misses} new", file=sys.stderr)
 
 
-def _sample_and_evaluate(model: Any, oracle: Oracle, arguments: argparse.Namespace) -> tuple[Evaluation, MoleculeBatch]:
-    from elign_lab.evaluation import evaluate
-    from elign_lab.sampling import require_all, sample
-
-    molecules = sample(
-        model,
-        arguments.n,
-        steps=arguments.steps,
-        spacing=arguments.spacing,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        progress=True,
-    )
-    molecules = require_all(molecules, arguments.n)
-    return evaluate(molecules, oracle, seed=arguments.seed), molecules
+def _check_file(path: Path | None, suffixes: Sequence[str]) -> None:
+    """Refuse a file --out that could not be written at the end, before anything is computed; nothing is made."""
+    if path is None:
+        return
+    *others, last = suffixes
+    expected = f"expected a file that ends in {', '.join(others)}{' or ' if others else ''}{last}"
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder: {expected}; name a file in it")
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out {path}: {expected}")
+    _check_place(path, path if path.exists() else path.parent)
 
 
-def _check_suffix(path: Path | None) -> None:
-    if path is not None and path.suffix not in (".xyz", ".sdf", ".npz"):
-        raise ValueError(f"--out {path}: expected a file that ends in .xyz, .sdf or .npz")
+def _check_place(out: Path, folder: Path) -> None:
+    """Refuse an --out whose folder could not be made, or in which nothing may be written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if there != out and not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file, expected a folder; choose another place")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: no permission to write to {there}; choose another place")
+
+
+def _check_folder(path: Path) -> None:
+    """The same for the folder of a run."""
+    if path.is_file():
+        raise ValueError(f"--out {path} is a file: expected the folder of a run; choose another place")
+    _check_place(path, path)
 
 
 def _write_molecules(molecules: MoleculeBatch, path: Path) -> None:

@@ -33,12 +33,19 @@ class Package:
 
 @dataclass(frozen=True)
 class OracleState:
-    """One oracle: whether it can run here; if not, the reason with the remedy."""
+    """One oracle: whether it can run here; if not, the reason with the remedy, else what its first use still needs."""
 
     name: str
     description: str
     usable: bool
     reason: str
+
+    @property
+    def state(self) -> str:
+        """In words: usable, usable after something, or not usable."""
+        if not self.usable:
+            return f"NOT USABLE: {self.reason}"
+        return f"usable, but {self.reason}" if self.reason else "usable"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Report:
             lines.append(f"  {p.name:14s} {p.version or '-':14s} {p.required}{extra}{note}")
         lines += ["", "oracles"]
         for o in self.oracles:
-            lines.append(f"  {o.name:14s} {'usable' if o.usable else 'NOT USABLE: ' + o.reason}")
+            lines.append(f"  {o.name:14s} {o.state}")
         lines += ["", "bundled files"]
         lines += [f"  {a.file:24s} {'ok' if a.ok else a.problem}" for a in self.assets] or ["  none"]
         lines += ["", "problems" if self.problems else "no problems"]

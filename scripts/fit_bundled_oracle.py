@@ -16,19 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from provenance import machine, provenance
 from tqdm import tqdm
 
-from elign_lab.checkpoints import ASSETS, load_model, write_passport
+from elign_lab.checkpoints import ASSETS, load_model, read_passport, write_passport
 from elign_lab.datasets import load_dataset
+from elign_lab.evaluation.intervals import bootstrap
 from elign_lab.oracles import load_oracle
 from elign_lab.oracles.fit import FitConfig, errors, fit_oracle
 from elign_lab.oracles.geometries import PERTURBATIONS, generate, perturb
 from elign_lab.oracles.labels import LabelPlan, LabelSet, label, make_labels
 from elign_lab.oracles.learned import BUNDLED, LearnedOracle, load_energy_model
+from elign_lab.training import load_state
 
 SAMPLE_REPEATS = 3  # samples of diffusion models are few, and what the oracle is for
 HELD_OUT = 800  # labels of the training molecules that only the log sees
@@ -76,15 +80,49 @@ def make_test_labels(folder: Path, models: list[str]) -> None:
         label(xtb, geometries, max_force=LabelPlan().max_force_broken).save(folder / "test.npz")
 
 
+def intervals(path: Path, labels: LabelSet) -> dict[str, dict[str, dict[str, float | None]]]:
+    """95 % bootstrap intervals over molecules of the mean errors of a model, by kind: energy_mae and force_mae."""
+    found = {}
+    for kind in np.unique(labels.kind):
+        batch, energy, forces = labels.batch(np.flatnonzero(labels.kind == kind))
+        with LearnedOracle(path) as oracle:
+            result = oracle(batch.to(dtype=torch.float64))
+        n = batch.sizes.numpy()
+        energy_error = (result.energy - energy).abs().numpy() / n
+        force_error = (result.forces - forces).abs().sum((1, 2)).numpy() / 3
+        found[str(kind)] = {
+            "energy_mae": _mean(energy_error, np.ones_like(energy_error)),
+            "force_mae": _mean(force_error, n),  # every component counts once
+        }
+    return found
+
+
+def _mean(errors: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
+    return bootstrap(lambda i: errors[i].sum(-1) / weights[i].sum(-1), len(errors), seed=0, n_boot=1000).to_dict()
+
+
+def with_intervals(found: dict[str, dict[str, Any]], path: Path, labels: LabelSet) -> dict[str, dict[str, Any]]:
+    """The errors of a model by kind, with the intervals of the two means beside them."""
+    limits = intervals(path, labels)
+    return {
+        kind: {**row, **{f"{name}_interval": interval for name, interval in limits[kind].items()}}
+        for kind, row in found.items()
+    }
+
+
 def pack(folder: Path, note: str) -> None:
     path = ASSETS / f"{BUNDLED}.safetensors"
     shutil.copyfile(folder / "final" / "model.safetensors", path)
     model = load_energy_model(path)
-    found = errors(model, LabelSet.load(folder / "test.npz"))
+    test = LabelSet.load(folder / "test.npz")
+    found = with_intervals(errors(model, test), path, test)
+    data = read_passport(ASSETS / "qm9_xtb.npz")
+    seconds = sum(load_state(folder / name / "checkpoint.pt")["seconds"] for name in ("first", "final"))
     write_passport(
         path,
         kind="energy model",
         elements=["H", "C", "N", "O", "F"],
+        description="PaiNN force field fitted to GFN2-xTB labels: the preference model of the notebooks",
         method="GFN2-xTB by tblite",
         parameters=sum(p.numel() for p in model.parameters()),
         labels=all_labels(folder).counts(),
@@ -92,8 +130,13 @@ def pack(folder: Path, note: str) -> None:
         error_units={"energy_mae": "eV/atom", "force_mae": "eV/Angstrom per component", "f_rms_mae": "eV/Angstrom"},
         test_set="test split of the bundled set with Gaussian noise (Angstrom); samples and clean estimates of models",
         command="scripts/fit_bundled_oracle.py: labels, first, improve, final, test, pack",
-        licence="MIT",
-        versions={name: version(name) for name in ("torch", "tblite", "rdkit")},
+        data={"file": data["file"], "sha256": data["sha256"]},
+        seed=FINAL.seed,
+        seeds={"labels": LabelPlan().seed, "first": FIRST.seed, "final": FINAL.seed, "test": TEST_SEED},
+        hours=round(seconds / 3600, 2),
+        hours_note="of the two fits; the labels are not timed",
+        machine=machine(torch.get_num_threads()),
+        **provenance(("torch", "tblite", "rdkit")),
         note=note,
     )
     tqdm.write(json.dumps(found, indent=2))

@@ -3,8 +3,8 @@
 python scripts/make_evidence.py alignment --n 128 [--ani-weights DIR] [--workers 2]
 python scripts/make_evidence.py gpff --n 32 ...
 
-alignment: samples of edm-mini and edm-mini-aligned, same seeds. gpff: structures of gpff-mini after 16 and 256 network
-evaluations, and molecules of the data with the same compositions.
+alignment: samples of edm-mini and edm-mini-aligned, same seeds. gpff: structures of gpff-mini by several samplers and
+numbers of network evaluations, and molecules of the data with the same compositions.
 
 The molecules and DFT's answers are kept in --work, by default benchmarks/evidence of the repository: stopped and run
 again with the same options, the script goes on where it was. Another --n gives other molecules.
@@ -28,6 +28,7 @@ from elign_lab.checkpoints import ASSETS, read_passport, write_passport
 from elign_lab.evaluation.evidence import DFT_SETTINGS, EVIDENCE, GPFF_EVIDENCE, Evidence, judge
 from elign_lab.evaluation.intervals import bootstrap, median
 from elign_lab.gpff import generate, load_force_field
+from elign_lab.gpff.quality import VARIANTS
 from elign_lab.sampling import require_all
 
 PACKAGES = {"learned": "torch", "xtb": "tblite", "ani": "torchani", "dft": "pyscf"}
@@ -41,6 +42,14 @@ SETS = {
     "alignment": (EVIDENCE, "Samples of the base and the aligned model, same seeds, judged by several oracles"),
     "gpff": (GPFF_EVIDENCE, "Structures of gpff-mini and molecules of the data, same compositions, judged by several"),
 }
+GPFF_ROWS = (  # samplers, of VARIANTS, and network evaluations
+    ("relaxation, momentum", 6),
+    ("direct, 0.3", 16),
+    ("direct, 0.3", 256),
+    ("relaxation, momentum", 256),
+    ("ancestral, sigma_hat", 256),
+    ("heun, sigma_hat", 256),
+)
 WORK = Path(__file__).parents[1] / "benchmarks" / "evidence"  # in git, so that another machine can go on
 CHUNK = 8  # molecules that an interrupted DFT loses at most
 
@@ -58,20 +67,21 @@ def makers(what: str, n: int, seed: int) -> dict[str, tuple[str, Callable[[], Mo
         test = load_dataset("bundled", split="test")
         return test.batch(torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:n].tolist())
 
-    def pseudo_forces(evaluations: int) -> MoleculeBatch:
+    def pseudo_forces(variant: str, evaluations: int) -> MoleculeBatch:
         atoms = [numbers.tolist() for numbers, _ in data().arrays()]
-        options = {"sampler": "direct", "strength": 0.3, "evaluations": evaluations, "seed": seed, "progress": True}
-        return generate(load_force_field("gpff-mini"), compositions=atoms, **options)
+        sampler, options = VARIANTS[variant]
+        shared = {"compositions": atoms, "evaluations": evaluations, "seed": seed, "progress": True}
+        return generate(load_force_field("gpff-mini"), sampler=sampler, **shared, **options)
 
     if what == "alignment":
         return {
             name: (f"{name}-{hash_of(name)}-{n}-all-{seed}", lambda name=name: diffusion(name))
             for name in ("edm-mini", "edm-mini-aligned")
         }
-    made = {
-        f"gpff-mini, {k} NFE": (f"gpff-mini-{hash_of('gpff-mini')}-{n}-{k}-{seed}", lambda k=k: pseudo_forces(k))
-        for k in (16, 256)
-    }
+    made = {}
+    for variant, k in GPFF_ROWS:
+        file = f"gpff-mini-{hash_of('gpff-mini')}-{n}-{variant.replace(', ', '-')}-{k}-{seed}"
+        made[f"{variant}, {k} NFE"] = (file, lambda variant=variant, k=k: pseudo_forces(variant, k))
     return {**made, "test molecules": (f"test-molecules-{n}-{seed}", data)}
 
 

@@ -8,12 +8,11 @@ RUN_DIR is the folder of `elign-lab pretrain`, `elign-lab align` or `elign-lab g
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import machine, provenance
 
 from elign_lab.checkpoints import ASSETS, load_model, read_passport, read_weights, save_model, sha256, write_passport
 from elign_lab.gpff.model import FORMAT as FORCE_FIELD
@@ -69,8 +68,7 @@ def main() -> None:
         data={"file": data["file"], "sha256": data["sha256"]},
         run_weights_sha256=sha256(source),
         figures=json.loads(arguments.figures.read_text()) if arguments.figures else None,
-        machine=arguments.machine
-        or f"{platform.machine()}, {platform.processor() or 'CPU'}, {torch.get_num_threads()} threads",
+        machine=arguments.machine or machine(torch.get_num_threads()),
         **provenance(PACKAGES),
     )
     print(path, path.stat().st_size, "bytes")

@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import machine, provenance
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from elign_lab.checkpoints import ASSETS, write_passport
+from elign_lab.checkpoints import ASSETS, read_passport, write_passport
 from elign_lab.datasets import BatchSampler
+from elign_lab.evaluation.intervals import bootstrap
 from elign_lab.oracles import f_rms, load_oracle
 from elign_lab.oracles._fairchem import atomic_data, multiplicity
 from elign_lab.oracles.escn import BUNDLED, TASK, EscnCheckpoint, EscnConfig, build_escn
@@ -71,17 +73,19 @@ def fit(config: EscnFitConfig, labels: LabelSet, atom_energies: Mapping[int, flo
     model = build_escn(config.network, config.seed).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    ema, step = ExponentialMovingAverage(parameters, config.ema_decay), 0
+    ema, step, before = ExponentialMovingAverage(parameters, config.ema_decay), 0, 0.0
     if (out / "checkpoint.pt").exists():
         state = load_state(out / "checkpoint.pt")
         require_same_run(out / "checkpoint.pt", state["config"], config, ("steps", "log_every", "checkpoint_every"))
         for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
             part.load_state_dict(state[name])
-        step = state["step"]
+        step, before = state["step"], state.get("seconds", 0.0)
+    started = time.monotonic()
 
     def checkpoint() -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-        save_state(out / "checkpoint.pt", {"config": asdict(config), "step": step, **parts})
+        seconds = before + time.monotonic() - started
+        save_state(out / "checkpoint.pt", {"config": asdict(config), "step": step, "seconds": seconds, **parts})
         ema.swap(parameters)
         state = model.state_dict()
         EscnCheckpoint(config.network, state, scale, references, atom_energies).save(out / "model.safetensors")
@@ -148,7 +152,7 @@ def units(labels: LabelSet, atom_energies: Mapping[int, float], force_scale: flo
     return dict(zip(ELEMENTS, (atoms + shifts).tolist(), strict=True)), float(np.sqrt(squares.mean() / 3))
 
 
-def test_errors(path: Path, labels: LabelSet) -> dict[str, dict[str, float]]:
+def test_errors(path: Path, labels: LabelSet) -> dict[str, dict[str, object]]:
     """Errors by kind of a model, through fairchem's own inference; the mirror error is that of a reflected molecule."""
     oracle = load_oracle("uma", model=path)
     found = {}
@@ -163,10 +167,17 @@ def test_errors(path: Path, labels: LabelSet) -> dict[str, dict[str, float]]:
             "molecules": int(ok.sum()),
             "energy_mae": float(((result.energy - energy).abs() / n)[ok].mean()),
             "force_mae": float((result.forces - forces)[batch.mask & ok[:, None]].abs().mean()),
+            "force_mae_interval": _interval((result.forces - forces).abs().sum((1, 2))[ok].numpy(), 3 * n[ok].numpy()),
             "f_rms_spearman": float(spearmanr(*rms).statistic),
             "mirror_energy_mae": float(((result.energy - mirror.energy).abs() / n)[ok].mean()),
         }
     return found
+
+
+def _interval(sums: np.ndarray, components: np.ndarray) -> dict[str, float | None]:
+    """A mean over all components, with a 95 % bootstrap interval over the molecules."""
+    mean = bootstrap(lambda i: sums[i].sum(-1) / components[i].sum(-1), len(sums), seed=0, n_boot=1000)
+    return mean.to_dict()
 
 
 def pack(out: Path, test: LabelSet, trained_on: dict[str, int], note: str) -> None:
@@ -175,6 +186,7 @@ def pack(out: Path, test: LabelSet, trained_on: dict[str, int], note: str) -> No
     shutil.copyfile(out / "model.safetensors", path)
     found = test_errors(out / "model.safetensors", test)
     checkpoint = EscnCheckpoint.load(out / "model.safetensors")
+    state, data = load_state(out / "checkpoint.pt"), read_passport(ASSETS / "qm9_xtb.npz")
     write_passport(
         path,
         kind="eSCN-MD model",
@@ -190,8 +202,12 @@ def pack(out: Path, test: LabelSet, trained_on: dict[str, int], note: str) -> No
         },
         test_set="test split of the bundled set with Gaussian noise (Angstrom); samples and clean estimates of models",
         command="scripts/train_small_escn.py: fit, pack",
-        licence="MIT",
-        versions={name: version(name) for name in ("torch", "fairchem-core", "tblite")},
+        data={"file": data["file"], "sha256": data["sha256"]},
+        seed=state["config"]["seed"],
+        hours=round(state["seconds"] / 3600, 2) if "seconds" in state else None,
+        hours_note="of the fit; null where a run of an older script did not note it",
+        machine=machine(torch.get_num_threads()),
+        **provenance(("torch", "fairchem-core", "tblite")),
         note=note,
     )
     tqdm.write(json.dumps(found, indent=2))

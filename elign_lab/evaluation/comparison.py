@@ -104,11 +104,11 @@ def diversity(batch: MoleculeBatch) -> Diversity:
     )
 
 
-def diversity_table(sets: Mapping[str, Diversity]) -> str:
-    """A plain-text table, one column per set; shares in per cent."""
+def diversity_blocks(sets: Mapping[str, Diversity]) -> dict[str, dict[str, list[str]]]:
+    """What `diversity` found, in three blocks: "variety", "% of atoms", "% of valid" -> label -> text of each set."""
     columns = list(sets.values())
     elements = sorted({e for d in columns for e in d.elements}, key=chemical_symbols.index)
-    lines: dict[str, list[str]] = {
+    variety = {
         "molecules": [str(d.n) for d in columns],
         "valid": [str(d.valid) for d in columns],
         "distinct among them": [str(d.unique) for d in columns],
@@ -116,11 +116,20 @@ def diversity_table(sets: Mapping[str, Diversity]) -> str:
         "distinct formulas": [str(d.formulas) for d in columns],
         "atoms, mean": [_text(d.mean_atoms, 1) for d in columns],
     }
-    lines |= {f"{e} (% of atoms)": [_text(100 * d.elements.get(e, 0.0), 1) for d in columns] for e in elements}
-    for key, label in (("rings", "rings: {} (% of valid)"), ("groups", "{} (% of valid)")):
-        names = getattr(columns[0], key)
-        lines |= {label.format(n): [_text(100 * getattr(d, key)[n], 1) for d in columns] for n in names}
-    return align_columns([["", *sets], *([label, *values] for label, values in lines.items())])
+    atoms = {e: [_text(100 * d.elements.get(e, 0.0), 1) for d in columns] for e in elements}
+    valid = {f"rings: {k}": [_text(100 * d.rings[k], 1) for d in columns] for k in columns[0].rings}
+    valid |= {name: [_text(100 * d.groups[name], 1) for d in columns] for name in columns[0].groups}
+    return {"variety": variety, "% of atoms": atoms, "% of valid": valid}
+
+
+def diversity_table(sets: Mapping[str, Diversity]) -> str:
+    """A plain-text table, one column per set; shares in per cent."""
+    rows = [
+        [label if unit == "variety" else f"{label} ({unit})", *values]
+        for unit, block in diversity_blocks(sets).items()
+        for label, values in block.items()
+    ]
+    return align_columns([["", *sets], *rows])
 
 
 # ---------------------------------------------------------------------- composition
@@ -191,7 +200,8 @@ class Agreement:
 
     rank_base, rank_aligned: Spearman's correlation of the two oracles' values in each set. preference_gain, judge_gain:
     fall of the median from base to aligned, positive when it is better; gap: the first minus the second, what the
-    preference model sees and the judge does not. `pairs` were judged by both oracles in both sets.
+    preference model sees and the judge does not. preference_share, judge_share, share_gap: the same for the fall as a
+    share of the base's median; NaN unless all medians are positive. `pairs` were judged by both oracles in both sets.
     """
 
     pairs: int
@@ -200,6 +210,9 @@ class Agreement:
     preference_gain: Interval
     judge_gain: Interval
     gap: Interval
+    preference_share: Interval
+    judge_share: Interval
+    share_gap: Interval
 
 
 def agreement(
@@ -224,7 +237,16 @@ def agreement(
     def gain(base: FloatArray, aligned: FloatArray) -> Callable[[NDArray[np.intp]], FloatArray]:
         return lambda i: median(base[i]) - median(aligned[i])
 
+    def share(base: FloatArray, aligned: FloatArray) -> Callable[[NDArray[np.intp]], FloatArray]:
+        def statistic(i: NDArray[np.intp]) -> FloatArray:
+            before, after = median(base[i]), median(aligned[i])
+            positive = (before > 0) & (after > 0)  # energies have no natural zero to take shares of
+            return np.where(positive, 1 - after / np.where(positive, before, 1.0), np.nan)
+
+        return statistic
+
     seen, real = gain(values[0], values[1]), gain(values[2], values[3])
+    seen_share, real_share = share(values[0], values[1]), share(values[2], values[3])
     return Agreement(
         pairs=values.shape[1],
         rank_base=interval(lambda i: _spearman(values[0][i], values[2][i])),
@@ -232,6 +254,9 @@ def agreement(
         preference_gain=interval(seen),
         judge_gain=interval(real),
         gap=interval(lambda i: seen(i) - real(i)),
+        preference_share=interval(seen_share),
+        judge_share=interval(real_share),
+        share_gap=interval(lambda i: seen_share(i) - real_share(i)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elign_lab.evaluation.html_tables import about_list, composition_section, diversity_section
 from elign_lab.evaluation.intervals import Interval
 from elign_lab.evaluation.report import (
     FRACTIONS,
@@ -58,11 +59,15 @@ def write_html(
     *,
     names: tuple[str, str] = ("base", "aligned"),
     title: str = "Base and aligned molecules",
+    about: Mapping[str, str] | None = None,
+    paired: bool = True,
 ) -> Path:
     """Write a report of two evaluations, and of the training history if given, to one file; returns its path.
 
     The batches are those that were evaluated; the first 12 molecules of each are shown. history: one mapping per
     iteration with numbers such as reward_energy, reward_force, kl, clip_fraction, loss; "iteration" is the axis.
+    about: how the report was made, label -> text (the models, the oracle, the command); its last entry is set as code.
+    paired: molecule i of both sets comes from the same seed, size and noise; the page says if not.
     Raises ValueError when a batch and its evaluation, or the two evaluations, do not belong together, or when the
     history has no numbers.
     """
@@ -79,6 +84,7 @@ def write_html(
     curves = {} if history is None else _learning_curves(history)
     distributions = {} if base.oracle_failures is None else _distributions(comparison, names)
     elements = np.unique(np.concatenate([b.numbers[b.mask].cpu().numpy() for b in (base_batch, aligned_batch)]))
+    energies = [e.molecules.energy_per_atom for e in (base, aligned)]
     data = {
         "plots": curves | distributions,
         "cards": _cards(comparison, (base_batch, aligned_batch), names),
@@ -86,11 +92,17 @@ def write_html(
     }
     page = Template(_asset("report.html")).substitute(
         title=html.escape(title),
-        lead=html.escape(f"{base.n} molecules of each set, {names[0]} and {names[1]}, paired by seed."),
+        lead=html.escape(
+            f"{base.n} molecules of each set, {' and '.join(names)}, {'paired by seed' if paired else 'not paired'}."
+        ),
+        about=about_list(about or {}),
+        pairs="; both of a pair come from the same seed" if paired else "",
         css=_asset("report.css"),
         table=_table(comparison, names),
         tests=_tests(comparison),
         failures=_failures(comparison, names),
+        composition="" if base.oracle_failures is None else composition_section(base_batch, aligned_batch, energies),
+        diversity=diversity_section(base_batch, aligned_batch, names),
         figures=_section("Learning curves", curves) + _section("Cumulative distributions", distributions),
         plotly=get_plotlyjs(),
         # a "</script>" inside a string would end the script

@@ -130,7 +130,11 @@ function addCard(molecules, parent) {
   const zoom = (factor) => { view.zoom = Math.max(0.4, Math.min(6, view.zoom * factor)); draw(); };
   card.addEventListener("pointerdown", (event) => card.setPointerCapture(event.pointerId));
   card.addEventListener("pointermove", (event) => { if (event.buttons) rotate(event.movementY / 90, event.movementX / 90); });
-  card.addEventListener("wheel", (event) => { event.preventDefault(); zoom(Math.exp(-event.deltaY / 500)); }, { passive: false });
+  card.addEventListener("wheel", (event) => {
+    if (document.activeElement !== card) return; // until it is clicked the wheel is the page's
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 500));
+  }, { passive: false });
   card.addEventListener("dblclick", () => { Object.assign(view, { rotation: IDENTITY, zoom: 1 }); draw(); });
   const keys = { ArrowLeft: () => rotate(0, -0.15), ArrowRight: () => rotate(0, 0.15), ArrowUp: () => rotate(-0.15, 0),
     ArrowDown: () => rotate(0.15, 0), "+": () => zoom(1.15), "-": () => zoom(1 / 1.15) };

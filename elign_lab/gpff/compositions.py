@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from elign_lab.molecules import atomic_number, symbol
 if TYPE_CHECKING:
     from elign_lab.datasets import MoleculeDataset
 
-_TERM = re.compile(r"([A-Z][a-z]?)(\d*)")
+_TERM = re.compile(r"([A-Z][a-z]?)((?:[1-9]\d*)?)")
 # heavy atoms first, as in the data sets; the order has no meaning for the model
 _LAST = 1
 # electron pairs that an atom shares; a formal charge of +1 here and -1 there leaves the sum as it is
@@ -32,7 +33,9 @@ def parse_formula(formula: str) -> tuple[int, ...]:
     """
     text = formula.strip()
     if not text or _TERM.sub("", text):
-        raise ValueError(f"{formula!r} is not a formula: expected element symbols with counts, such as 'C2H6O'")
+        raise ValueError(
+            f"{formula!r} is not a formula: expected element symbols with counts of 1 or more, such as 'C2H6O'"
+        )
     counts: Counter[int] = Counter()
     for element, count in _TERM.findall(text):
         counts[atomic_number(element)] += int(count or 1)
@@ -41,6 +44,19 @@ def parse_formula(formula: str) -> tuple[int, ...]:
         raise ValueError(f"{formula!r} has {len(numbers)} atoms: a structure needs 2 or more")
     check_closed_shell(numbers, repr(formula))
     return numbers
+
+
+def read_composition(composition: str | Sequence[int]) -> tuple[int, ...]:
+    """Atomic numbers of a formula or of a list of them. Raises ValueError for anything else, such as 6.5 or 'C'."""
+    if isinstance(composition, str):
+        return parse_formula(composition)
+    try:
+        return tuple(operator.index(z) for z in composition)
+    except TypeError:
+        raise ValueError(
+            f"the composition {composition!r}: expected a formula, such as 'CH4', or a list of whole atomic numbers, "
+            "such as [6, 1, 1, 1, 1]"
+        ) from None
 
 
 def check_closed_shell(numbers: Sequence[int], what: str) -> None:

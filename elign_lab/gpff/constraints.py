@@ -8,8 +8,10 @@ over them before they are put back exactly.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ase.data import vdw_radii
@@ -21,6 +23,7 @@ _FREE_WEIGHT = 1e-3  # of the free atoms in laying a structure over the frozen o
 # Angstrom; two spheres push an atom between their centres to and fro on one line: a step aside lets it out
 _ASIDE = (0.04, 0.03, 0.02)
 _APART = 0.1  # Angstrom, between atoms that begin at one place and must have a distance
+_TRIPLE = "(i, j, length in Angstrom)"
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,19 @@ class Sphere:
     radius: float
 
     def __post_init__(self) -> None:
-        if len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
-            raise ValueError(f"the centre of a forbidden sphere must be three finite numbers, got {self.centre}")
-        if not 0 < self.radius < math.inf:
+        try:
+            right = len(self.centre) == 3 and all(map(math.isfinite, self.centre))
+        except TypeError:
+            right = False
+        if not right:
+            raise ValueError(f"the centre of a forbidden sphere must be three finite numbers, got {self.centre!r}")
+        try:
+            right = 0 < self.radius < math.inf
+        except TypeError:
+            right = False
+        if not right:
             raise ValueError(
-                f"the radius of a forbidden sphere must be positive and finite, got {self.radius} Angstrom"
+                f"the radius of a forbidden sphere must be positive and finite, got {self.radius!r} Angstrom"
             )
 
     def __str__(self) -> str:
@@ -64,13 +75,52 @@ def depth_inside(x: Tensor, forbidden: Iterable[Sphere]) -> Tensor:
     return depth
 
 
+def _entries(value: Iterable[Any], name: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}: expected a tuple, also for one entry") from None
+
+
+def _parts(entry: Iterable[Any], length: int, name: str, form: str) -> tuple[Any, ...]:
+    try:
+        parts = tuple(entry)
+    except TypeError:
+        parts = ()
+    if len(parts) != length:
+        raise ValueError(f"{name} has the entry {entry!r}: expected {form}")
+    return parts
+
+
+def _index(value: Any, n: int, name: str) -> int:
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} has {value!r} for an atom: expected its index, a whole number from 0 to {n - 1}"
+        ) from None
+    if not 0 <= index < n:
+        raise ValueError(f"atom {index} is constrained, but the molecule has atoms 0 to {n - 1}")
+    return index
+
+
+def _distance(entry: Iterable[Any], n: int) -> tuple[int, int, float]:
+    i, j, length = _parts(entry, 3, "distances", _TRIPLE)
+    try:
+        length = float(length)
+    except (TypeError, ValueError):
+        raise ValueError(f"distances has the entry {entry!r}: expected {_TRIPLE}") from None
+    return _index(i, n, "distances"), _index(j, n, "distances"), length
+
+
 @dataclass(frozen=True, eq=False)
 class Constraints:
     """What must hold for every structure of a batch.
 
     reference (N, 3) in Angstrom: where the frozen atoms are; frozen: their indices; distances: (i, j, Angstrom);
-    forbidden: spheres, in the frame of the reference. Raises ValueError for indices out of range, all atoms frozen,
-    frozen atoms that break a distance or lie in a sphere, and distances that cannot hold together.
+    forbidden: spheres, in the frame of the reference. Raises ValueError for entries that are not of this form, indices
+    out of range, all atoms frozen, frozen atoms that break a distance or lie in a sphere, and distances that cannot
+    hold together.
     """
 
     reference: Tensor
@@ -81,14 +131,18 @@ class Constraints:
     def __post_init__(self) -> None:
         reference = torch.as_tensor(self.reference)
         object.__setattr__(self, "reference", reference)
-        n = len(reference)
         if reference.dim() != 2 or reference.shape[1] != 3:
             raise ValueError(f"reference must be positions (N, 3) in Angstrom, got shape {tuple(reference.shape)}")
         if not bool(torch.isfinite(reference).all()):
             raise ValueError("reference has a position that is not finite: expected finite ones in Angstrom")
-        for index in (*self.frozen, *(k for i, j, _ in self.distances for k in (i, j))):
-            if not 0 <= index < n:
-                raise ValueError(f"atom {index} is constrained, but the molecule has atoms 0 to {n - 1}")
+        n = len(reference)
+        object.__setattr__(self, "frozen", tuple(_index(k, n, "frozen") for k in _entries(self.frozen, "frozen")))
+        distances = tuple(_distance(entry, n) for entry in _entries(self.distances, "distances"))
+        object.__setattr__(self, "distances", distances)
+        object.__setattr__(self, "forbidden", _entries(self.forbidden, "forbidden"))
+        for sphere in self.forbidden:
+            if not isinstance(sphere, Sphere):
+                raise ValueError(f"forbidden has {sphere!r}: expected Sphere((x, y, z), radius), all in Angstrom")
         if len(set(self.frozen)) == n:
             raise ValueError(f"all {n} atoms are frozen, so nothing is left to generate: leave at least one free")
         self._check_pairs()
@@ -106,8 +160,11 @@ class Constraints:
     ) -> Constraints:
         """Constraints that keep the distances of pairs of atoms as they are in the reference (N, 3)."""
         x = torch.as_tensor(reference)
-        distances = tuple((i, j, float((x[i] - x[j]).norm())) for i, j in pairs)
-        return cls(x, frozen=tuple(frozen), distances=distances)
+        distances = []
+        for pair in _entries(pairs, "pairs"):
+            i, j = (_index(k, len(x), "pairs") for k in _parts(pair, 2, "pairs", "(i, j), two atoms"))
+            distances.append((i, j, float((x[i] - x[j]).norm())))
+        return cls(x, frozen=_entries(frozen, "frozen"), distances=tuple(distances))
 
     @property
     def anchored(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,8 @@ class RunSettings:
 def regenerate(model: PseudoForceField, structure: Structure, settings: RunSettings) -> Iterator[ForceRecord]:
     """Records of a run that keeps the frozen atoms and makes the others anew, from where they are plus noise.
 
-    Free atoms stay out of the forbidden regions. Raises ValueError when all atoms are frozen, when the model cannot
-    have the molecule, or for a sigma over its range.
+    Free atoms stay out of the forbidden regions. Each step is computed on one thread of torch. Raises ValueError when
+    all atoms are frozen, when the model cannot have the molecule, or for a sigma over its range.
     """
     start = model.check(structure.molecule)
     if settings.sigma > model.config.sigma_max:
@@ -59,7 +60,28 @@ def regenerate(model: PseudoForceField, structure: Structure, settings: RunSetti
     task = SamplingTask(model, start.numbers, start.mask, constraints=constraints, generator=noise)
     x = start_positions(task, settings.sigma, start.positions)
     run = get_sampler(settings.sampler)
-    return run(task, x, evaluations=settings.evaluations, sigma=settings.sigma, sigma_min=SIGMA_MIN)
+    return _step_by_step(run(task, x, evaluations=settings.evaluations, sigma=settings.sigma, sigma_min=SIGMA_MIN))
+
+
+def _step_by_step(records: Iterator[ForceRecord]) -> Iterator[ForceRecord]:
+    """The records, each made on one thread; whoever gets one has as many threads as before."""
+    while True:
+        with _one_thread():
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: the tensors of one molecule are small, and on a busy machine threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def accept(state: EditorState, result: MoleculeBatch, label: str = "regenerate") -> EditorState:
@@ -97,13 +119,15 @@ class Measures:
 
 
 def measure(model: PseudoForceField, oracle: Oracle, molecule: MoleculeBatch) -> Measures:
-    """Measure the first molecule of a batch: one call of the oracle and one of the network."""
+    """Measure the first molecule of a batch, on one thread: one call of the oracle and one of the network."""
     from elign_lab.oracles import f_rms
 
     one = molecule[:1]
-    answer = oracle(one)
+    with _one_thread():
+        answer = oracle(one)
+        x = one.positions.to(model.device, model.dtype)
+        level = SamplingTask(model, one.numbers, one.mask).estimate(x).sigma_hat
     energy = oracle.formation_energy_per_atom(answer.energy, one.numbers, one.mask)
-    level = SamplingTask(model, one.numbers, one.mask).estimate(one.positions.to(model.device, model.dtype)).sigma_hat
     forces = f_rms(answer.forces, one.mask)
     mol = perceive(*one.to("cpu").arrays()[0])
     smiles = None if mol is None else str(MolToSmiles(RemoveHs(mol), isomericSmiles=False))
@@ -120,8 +144,8 @@ def latency(
 ) -> dict[int, float]:
     """Seconds of computing for one new structure, by number of network evaluations; the median of some runs.
 
-    molecule: which structure (default hexane, 20 atoms). From the start to the last positions, on the threads that
-    torch has; nothing is drawn or judged. The sampler should be one that spends all evaluations.
+    molecule: which structure (default hexane, 20 atoms). From the start to the last positions, on one thread; nothing
+    is drawn or judged. The sampler should be one that spends all evaluations.
     """
     structure = open_molecule(molecule, model.config).structure
     found = {}

@@ -18,7 +18,7 @@ from elign_lab.gpff.compositions import (
     draw_compositions,
     formula_of,
     pad_compositions,
-    parse_formula,
+    read_composition,
 )
 from elign_lab.gpff.constraints import TOLERANCE, Constraints
 from elign_lab.gpff.direct import direct
@@ -59,8 +59,10 @@ def generate(
     """Generate n structures; `evaluations` is the number of network calls (NFE) for each.
 
     compositions: formulas ('C2H6O') or lists of atomic numbers, one for all or one each (default: drawn from the
-    model's training set). start: structures to start from instead of a Gaussian cloud, one for all or one each; sigma:
-    noise added to them in Angstrom (default 0; a sampler on a grid needs some). constraints: see Constraints; all
+    model's training set). start: structures to start from instead of a Gaussian cloud, one for all or one each, of
+    atoms that a closed-shell molecule can have, as for compositions; sigma: noise added to them in Angstrom (default 0;
+    a sampler on a grid needs some), or the width of the cloud (default: the model's sigma_max). constraints: see
+    Constraints; all
     structures are then copies of one molecule, and a start is needed. Other options go to the sampler. The same
     arguments give the same structures on the same machine. Molecules of near-equal size go together. When interrupted
     (Ctrl-C) it returns the structures of the finished batches with a warning, and it warns of structures in which a
@@ -69,6 +71,8 @@ def generate(
     run = get_sampler(sampler)
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     atoms = _atoms(model, n, compositions, start, generator)
     level = _start_level(model, start, sigma, sampler)
@@ -126,16 +130,18 @@ def _atoms(
         if compositions is not None:
             raise ValueError("both a start and compositions were given: the start says what the atoms are")
         model.check(start)
+        for i, (kinds, _) in enumerate(start.arrays()):
+            check_closed_shell(kinds.tolist(), f"molecule {i} of the start, {start.formula(i)},")
         return start[_repeats(len(start), n, "start")]
     if compositions is None:
         drawn: list[tuple[int, ...]] = draw_compositions(model.config.compositions, n or 1, generator)
     else:
-        given = [compositions] if isinstance(compositions, str) else list(compositions)
-        if not all(isinstance(c, Iterable) for c in given):
+        if not isinstance(compositions, Iterable) or not all(isinstance(c, Iterable) for c in compositions):
             raise ValueError(
-                f"compositions are {given}: expected formulas, or a list of atomic numbers for each molecule"
+                f"compositions are {compositions}: expected formulas, or a list of atomic numbers for each molecule"
             )
-        drawn = [parse_formula(c) if isinstance(c, str) else tuple(int(z) for z in c) for c in given]
+        given = [compositions] if isinstance(compositions, str) else list(compositions)
+        drawn = [read_composition(c) for c in given]
         drawn = [drawn[i] for i in _repeats(len(drawn), n, "compositions")]
     for atoms in drawn:
         check_elements(atoms, model.config.elements, model.config.max_atoms)
@@ -170,6 +176,11 @@ def _start_level(model: PseudoForceField, start: MoleculeBatch | None, sigma: fl
     if sigma is not None and not 0 <= sigma <= model.config.sigma_max:
         raise ValueError(f"sigma = {sigma} Angstrom is outside the model's range, 0 to {model.config.sigma_max}")
     if start is None:
+        if sigma is not None and sigma <= SIGMA_MIN:
+            raise ValueError(
+                f"sigma = {sigma} Angstrom without a start puts all atoms at one place: give a sigma over {SIGMA_MIN} "
+                f"(default: {model.config.sigma_max}, the model's widest cloud), or a start"
+            )
         return model.config.sigma_max if sigma is None else sigma
     if sampler in ON_A_GRID and (sigma is None or sigma <= SIGMA_MIN):
         raise ValueError(

@@ -120,14 +120,21 @@ def relax_by_optimiser(
     )
 
 
-def relaxation_figure(curves: Mapping[str, Relaxation]) -> Figure:
-    """Median distance from the minima against calls, one line for each relaxation, with the quartiles as bars."""
+def relaxation_figure(curves: Mapping[str, Relaxation], spent: Mapping[str, int] | None = None) -> Figure:
+    """Median distance from the minima against calls, one line for each relaxation, with the quartiles as bars.
+
+    spent: calls that were made before a relaxation began, by its name; its line starts there, the others at 0. Raises
+    ValueError for a name that no relaxation has.
+    """
+    spent = spent or {}
+    if unknown := spent.keys() - curves.keys():
+        raise ValueError(f"spent names {sorted(unknown)}, which are none of the relaxations {list(curves)}")
     alt = "Median distance from the minimum against calls of the network or of the calculator, on logarithmic axes."
     figure = Figure(x="calls (network, or calculator)", y="RMSD to the minimum (Å)", alt=alt)
     for k, (name, curve) in enumerate(curves.items()):
         low, middle, high = torch.quantile(curve.rmsd, torch.tensor([0.25, 0.5, 0.75]).double(), dim=1)
         figure.add_estimates(
-            list(range(len(middle))),
+            [spent.get(name, 0) + calls for calls in range(len(middle))],
             middle.tolist(),
             low.tolist(),
             high.tolist(),

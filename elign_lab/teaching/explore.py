@@ -11,7 +11,7 @@ import traitlets
 from elign_lab.teaching.figure import Figure
 from elign_lab.widgets.errors import raise_in_tests
 from elign_lab.widgets.live import alert_html
-from elign_lab.widgets.panels.base import Chart
+from elign_lab.widgets.panels.base import PLOTLY, Chart, bundle_with, plotly_json
 
 Range = tuple[float, float, float, float]
 """(first value, least, largest, step) of a slider."""
@@ -32,8 +32,9 @@ def explore(draw: Callable[..., Figure], **ranges: Range) -> Explorer:
 class Explorer(ipywidgets.VBox):
     """Sliders and the figure of their values, as `explore` makes them.
 
-    What `draw` raises for a value is shown, and kept in `last_error`; the old figure stays. Pages that run no widgets
-    show the figure's alternative text, which is also folded away under the figure.
+    What `draw` raises for a value is shown, and kept in `last_error`; the old figure stays. The output has the figure
+    itself too, of which scripts/add_pictures.py makes a picture for pages that run no widgets; without it they show
+    the figure's alternative text, which is also folded away under the figure.
     """
 
     last_error = traitlets.Unicode("")
@@ -50,11 +51,9 @@ class Explorer(ipywidgets.VBox):
         return f"Figure with sliders for {', '.join(self._sliders)}: {self.chart.figure.layout.meta['alt']}"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The widget, and the whole text (ipywidgets would cut it)."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = repr(self)
-        return bundle
+        """The widget, the figure, and the whole text (ipywidgets would cut it)."""
+        more = {PLOTLY: plotly_json(self.chart.figure), "text/plain": repr(self)}
+        return bundle_with(super()._repr_mimebundle_(**kwargs), more)
 
     def _current(self) -> Figure:
         return self._make(**{name: slider.value for name, slider in self._sliders.items()})

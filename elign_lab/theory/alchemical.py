@@ -22,7 +22,10 @@ from elign_lab.theory.springs import PairSprings
 from elign_lab.theory.symmetry import small_denoiser
 
 BUNDLED_PRESET = PRESETS["cpu_mini"]()
-"""Settings that made edm-mini-aligned of edm-mini."""
+"""Settings of the first of the stages that made edm-mini-aligned of edm-mini (its passport has them all).
+
+The later ones, with cpu_mini_fine, train a part of the times of this one.
+"""
 
 
 class NoisePredictor(Protocol):
@@ -51,7 +54,7 @@ class AlchemicalCosines:
         return self.cosine.isfinite().double().mean(1)
 
     def mean_by_time(self) -> tuple[Tensor, Tensor]:
-        """Mean cosine at each time and its standard error over the molecules, (S,) each; NaN where none was judged."""
+        """Mean cosine at each time and its standard error over the molecules, (S,) each; see `mean_by_time`."""
         return mean_by_time(self.cosine)
 
     def until(self, time: int) -> AlchemicalCosines:
@@ -63,11 +66,14 @@ class AlchemicalCosines:
 
 
 def mean_by_time(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the finite entries of each row of (S, B), (S,) each; NaN where there is none."""
+    """Mean and standard error over the finite entries of each row of (S, B), (S,) each.
+
+    The mean is NaN where there is none, the error where there are fewer than two: one entry shows no spread.
+    """
     count = values.isfinite().sum(1)
     mean = values.nanmean(1)
     spread = (values - mean.unsqueeze(1)).square().nanmean(1).sqrt()
-    return mean, spread / (count - 1).clamp(min=1).sqrt()
+    return mean, torch.where(count > 1, spread / (count - 1).clamp(min=1).sqrt(), torch.nan)
 
 
 def alchemical_force(base: Denoiser, aligned: NoisePredictor, z_t: Tensor, t: int, mask: Tensor) -> Tensor:
@@ -156,10 +162,11 @@ def trained_time(base: Denoiser, config: AlignConfig) -> int:
 
 @cache
 def bundled_cosines(molecules: int = 128, stride: int = 4, seed: int = 0) -> AlchemicalCosines:
-    """Cosines between edm-mini and edm-mini-aligned, judged by the learned oracle that gave the rewards.
+    """Cosines between edm-mini and edm-mini-aligned, judged by the learned oracle.
 
-    The steps are those of BUNDLED_PRESET, every stride-th analysed; sizes are drawn from the model's histogram. It is
-    computed once per setting.
+    Its present version gave the rewards of the last stage, an older one those before. The steps are those of
+    BUNDLED_PRESET, every stride-th analysed; sizes are drawn from the model's histogram. It is computed once per
+    setting.
     """
     base, aligned, oracle = load_model("edm-mini"), load_model("edm-mini-aligned"), load_oracle("learned")
     sizes = draw_sizes(base, molecules, seed).tolist()

@@ -136,24 +136,35 @@ def diffusion_figure(time: float) -> Figure:
     _line(figure, x, law.log_prob(at).exp().numpy(), "density p_t", COLORS["aligned"])
     _line(figure, x, law.score(at)[:, 0].numpy(), "score (right axis)", COLORS["tilt"], yaxis="y2")
     _line(figure, x, np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi), "N(0, 1)", COLORS["base"], dash="dot")
-    figure.update_layout(yaxis_range=[-0.6, 1.1])
-    _right_axis(figure, "score (no unit)", -12, 22)  # one zero for both axes
+    figure.update_layout(yaxis_range=[-1.1, 1.1])
+    _right_axis(figure, "score (no unit)", -5, 5)  # one zero for both axes
     return figure
 
 
-def return_figure(potential: FloatArray, terminal: FloatArray, gamma: float) -> Figure:
-    """Shaped return-to-go of rollouts, gamma^t Phi(s_0) - Phi(s_t); potential (B, S), terminal (B,)."""
+def return_figure(
+    potential: FloatArray, terminal: FloatArray, gamma: float, groups: Sequence[int] | None = None
+) -> Figure:
+    """Shaped return-to-go of rollouts, gamma^t Phi(s_0) - Phi(s_t); potential (B, S), terminal (B,).
+
+    groups (B,): the group of each rollout, which gives the line its colour; one group unless given.
+    """
     returns = shaping.return_to_go(torch.as_tensor(potential), torch.as_tensor(terminal), gamma).numpy()
+    labels = [0] * len(returns) if groups is None else [int(group) for group in groups]
+    names = list(dict.fromkeys(labels))
+    colored = f" in {len(names)} groups, a colour for each," if len(names) > 1 else ""
     figure = Figure(
         x="trained reverse step",
         y="return-to-go (eV/atom)",
         title=f"gamma = {gamma:g}",
-        alt=f"Return-to-go of {len(returns)} rollouts against the reverse step, for gamma = {gamma:g}.",
+        alt=f"Return-to-go of {len(returns)} rollouts{colored} against the reverse step, for gamma = {gamma:g}.",
     )
-    for k, row in enumerate(returns):
-        _line(figure, np.arange(len(row), dtype=float), row, f"rollout {k}", COLORS["aligned"] if k else COLORS["tilt"])
-    figure.update_layout(showlegend=False)
-    return figure
+    colors = [COLORS[name] for name in ("aligned", "tilt", "other", "good", "base")]
+    for k, (group, row) in enumerate(zip(labels, returns, strict=True)):
+        color = colors[names.index(group) % len(colors)]
+        _line(figure, np.arange(len(row), dtype=float), row, f"group {group}", color)
+        # one entry of the legend for each group, which hides and shows all of it
+        figure.data[-1].update(legendgroup=f"group {group}", showlegend=labels.index(group) == k)
+    return figure.update_layout(showlegend=len(names) > 1)
 
 
 def tilted_kernel_figure(sigma: float, beta: float, gamma: float, mu: float = 0.7) -> Figure:
@@ -239,7 +250,10 @@ def cosine_figure(found: AlchemicalCosines) -> Figure:
 
 
 def cosine_by_time_figure(found: AlchemicalCosines, trained: int | None = None) -> Figure:
-    """Mean cosine and its control against t with two standard errors; `trained`: largest t that alignment trained."""
+    """Mean cosine and its control against t with two standard errors; `trained`: largest t that alignment trained.
+
+    A time at which fewer than two molecules were judged has no error and is not shown.
+    """
     figure = Figure(
         x="time t (steps of the schedule)",
         y="mean cosine",
@@ -250,11 +264,11 @@ def cosine_by_time_figure(found: AlchemicalCosines, trained: int | None = None) 
         ("alchemical force", found.cosine, COLORS["tilt"]),
         ("random direction", found.control, COLORS["base"]),
     ):
-        mean, error = (v.numpy() for v in mean_by_time(values))
-        bars = {"type": "data", "array": (2 * error).round(4)}
-        figure.add_scatter(
-            x=found.times.numpy(), y=mean.round(4), error_y=bars, mode="markers", name=label, marker_color=color
-        )
+        mean, error = mean_by_time(values)
+        known = error.isfinite()
+        x, y, deviation = (v[known].numpy() for v in (found.times, mean, error))
+        bars = {"type": "data", "array": (2 * deviation).round(4)}
+        figure.add_scatter(x=x, y=y.round(4), error_y=bars, mode="markers", name=label, marker_color=color)
     if trained is not None:
         figure.add_vrect(x0=0, x1=trained, fillcolor=COLORS["aligned"], opacity=0.1, line_width=0)
     figure.update_yaxes(range=[-1, 1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.widgets.live import Live
-from elign_lab.widgets.viewer import HasFrames, MoleculeViewer, TrajectoryLike, compare
+from elign_lab.widgets.viewer import HasFrames, MoleculeViewer, TrajectoryLike, compare, read_molecules
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -58,6 +58,8 @@ def show(
 
     x: a MoleculeBatch (one molecule: a view; up to 12: a grid; more: a slider over the molecules), a list of batches
         or an object with `frames()` (a trajectory), a tuple of these or a mapping from title to these (side by side).
+        In the place of a batch: a SMILES string, an RDKit molecule with a conformer, ASE's Atoms. A list of Mol or
+        Atoms is a trajectory where all have the same atoms, otherwise, and for a list of SMILES, a batch.
     style: None for the live viewer; "py3dmol" for py3Dmol's publication style (the last frame of a trajectory).
         py3Dmol loads a script: from its own address, or from the option `js`. Where it cannot be loaded a warning says
         so and the live viewer is returned.
@@ -73,6 +75,7 @@ def show(
 def _viewer(x: Any, **options: Any) -> MoleculeViewer:
     if isinstance(x, tuple):
         x = {f"{k + 1}": part for k, part in enumerate(x)}
+    x = read_molecules(x)
     if isinstance(x, MoleculeBatch) and 1 < len(x) <= _GRID_LIMIT and not _per_frame(options):
         panels = {f"{i}: {x.formula(i)}": x[i] for i in range(len(x))}
         return MoleculeViewer(panels, **{"shared_orientation": False, "height": 220, **options})
@@ -80,8 +83,8 @@ def _viewer(x: Any, **options: Any) -> MoleculeViewer:
         options = {**options, "labels": [x.formula(i) for i in range(len(x))]}
     if not isinstance(x, MoleculeBatch | Mapping | Sequence | HasFrames):
         raise ValueError(
-            f"cannot show a {type(x).__name__}: expected a MoleculeBatch, a list of them, an object with frames(), "
-            "or a tuple or mapping of these"
+            f"cannot show a {type(x).__name__}: expected a MoleculeBatch, a SMILES string, an RDKit molecule, ASE's "
+            "Atoms, a list of them, an object with frames(), or a tuple or mapping of these"
         )
     return MoleculeViewer(x, **options)
 

@@ -10,7 +10,7 @@ import html
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ipywidgets
 import traitlets
@@ -54,7 +54,7 @@ class Live(ipywidgets.VBox, Generic[T]):
             raise ValueError(
                 f"iterable is a {type(iterable).__name__}: expected an iterable, or a function that returns one"
             )
-        self._source = iterable
+        self._source, self._name = iterable, description or "a loop"
         self._on_item = on_item
         self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self._thread: threading.Thread | None = None
@@ -129,6 +129,14 @@ class Live(ipywidgets.VBox, Generic[T]):
     def __repr__(self) -> str:
         of = "" if self._total is None else f" of {self._total}"
         return f"Live({self.status}, {self.n_done}{of} items)"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and a line about the run for pages that run no widgets."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        of = "" if self._total is None else f" of {self._total}"
+        text = f"{self._name}: {self.status}, {self.n_done}{of} items done"
+        (bundle[0] if isinstance(bundle, tuple) else bundle)["text/html"] = html.escape(text)
+        return bundle
 
     # ------------------------------------------------------------------ the worker
     def _work(self) -> None:

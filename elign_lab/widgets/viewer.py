@@ -6,6 +6,7 @@ The Python side keeps all frames and sends each one once, as float32. The browse
 from __future__ import annotations
 
 import base64
+import html
 import math
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import anywidget
 import numpy as np
@@ -34,10 +35,19 @@ from elign_lab.widgets.static import (
     render_png,
 )
 
+if TYPE_CHECKING:
+    from ase import Atoms
+    from rdkit.Chem import Mol
+
 MAX_MESSAGES_PER_SECOND = 30
 _MESSAGE_FLOATS = 1_000_000  # a back-fill is cut into messages of about 4 MB
 _PICTURE_WIDTH = 640  # CSS pixels
 _REFERENCE = -1  # the panel number under which an overlaid reference is sent
+_COLORED = {
+    "element": "",
+    "force": ", coloured by the size of the forces",
+    "type": ", coloured by the weights of the elements",
+}
 
 
 @runtime_checkable
@@ -49,7 +59,9 @@ class HasFrames(Protocol):
         ...
 
 
-TrajectoryLike: TypeAlias = MoleculeBatch | Sequence[MoleculeBatch] | HasFrames
+MoleculeLike: TypeAlias = "MoleculeBatch | str | Mol | Atoms"
+"""A batch, a SMILES string, an RDKit molecule with a conformer, or ASE's Atoms."""
+TrajectoryLike: TypeAlias = "MoleculeLike | Sequence[MoleculeLike] | HasFrames"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +104,53 @@ def encode(frames: Iterable[tuple[int, int, Frame]]) -> tuple[list[list[Any]], b
     return headers, b"".join(parts)
 
 
+def read_molecules(x: Any) -> Any:
+    """What the viewer accepts as molecules, as a batch (molecules) or a list of batches (the frames of a trajectory).
+
+    SMILES, RDKit molecules and ASE Atoms are converted. A list of Mol or Atoms is a trajectory where all have the same
+    atoms, otherwise, and for a list of SMILES, molecules. Anything else is returned as it is. Raises ValueError for
+    what cannot be converted, by its number in the list.
+    """
+    if _is_molecule(x):
+        return _batch(x)
+    if not isinstance(x, list | tuple) or not any(map(_is_molecule, x)):
+        return x
+    batches = [_batch(item, f"number {k} of the list: ") if _is_molecule(item) else item for k, item in enumerate(x)]
+    if all(map(_is_molecule, x)) and not any(isinstance(item, MoleculeBatch) for item in x):
+        atoms = {tuple(batch.numbers[0].tolist()) for batch in batches}
+        if len(atoms) > 1 or any(isinstance(item, str) for item in x):
+            return MoleculeBatch.cat(batches)
+    return batches
+
+
+def _is_molecule(x: object) -> bool:
+    from ase import Atoms
+    from rdkit.Chem import Mol
+
+    return isinstance(x, MoleculeBatch | str | Mol | Atoms)
+
+
+def _batch(x: MoleculeLike, where: str = "") -> MoleculeBatch:
+    """One molecule of any form as a batch; `where` begins the message of what it raises."""
+    from rdkit.Chem import Mol
+
+    if isinstance(x, MoleculeBatch):
+        return x
+    try:
+        if isinstance(x, str):
+            return MoleculeBatch.from_smiles(x)
+        return MoleculeBatch.from_rdkit(x) if isinstance(x, Mol) else MoleculeBatch.from_ase(x)
+    except ValueError as error:
+        reason = str(error).removeprefix("molecule 0: ").replace("molecule 0 ", "the molecule ", 1)
+        raise ValueError(f"{where}{reason}") from None
+
+
 class MoleculeViewer(anywidget.AnyWidget):
     """A molecule, a trajectory, or several side by side under one camera; frames may be pushed while a loop runs.
 
     frames: a batch (each molecule is a frame), a list of batches (molecule `index` of each is a frame), an object with
-        `frames()`, or a mapping from title to any of these (one panel each, all with the same camera).
+        `frames()`, or a mapping from title to any of these (one panel each, all with the same camera). A SMILES
+        string, an RDKit molecule with a conformer or ASE's Atoms may stand in the place of a batch.
     labels: one text a frame, for example "t = 412". forces: one (n, 3) array a frame, eV/Angstrom.
     type_weights: one (n, K) array a frame, the weights of the elements `type_elements` (default H, C, N, O, F).
         With several panels, these three are mappings with the same titles.
@@ -204,7 +258,7 @@ class MoleculeViewer(anywidget.AnyWidget):
 
     def push(
         self,
-        molecule: MoleculeBatch,
+        molecule: MoleculeLike,
         *,
         forces: ArrayLike | None = None,
         type_weights: ArrayLike | None = None,
@@ -234,7 +288,7 @@ class MoleculeViewer(anywidget.AnyWidget):
     def replace(
         self,
         frame: int,
-        molecule: MoleculeBatch,
+        molecule: MoleculeLike,
         *,
         forces: ArrayLike | None = None,
         type_weights: ArrayLike | None = None,
@@ -271,7 +325,7 @@ class MoleculeViewer(anywidget.AnyWidget):
         self.frame, self.selected = 0, None
         self.follow = True
 
-    def overlay(self, reference: MoleculeBatch | None, index: int = 0) -> None:
+    def overlay(self, reference: MoleculeLike | None, index: int = 0) -> None:
         """Lay a translucent second molecule over every panel, in the same coordinates (None removes it)."""
         if reference is None:
             self._reference = None
@@ -303,8 +357,39 @@ class MoleculeViewer(anywidget.AnyWidget):
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         self._still = self._encode_still(self.frame)
         data["image/png"] = base64.b64encode(self.to_png()).decode()
-        size = {"width": _PICTURE_WIDTH, "height": self._picture_height()}
-        return data, {**metadata, "image/png": size}
+        about = {"width": _PICTURE_WIDTH, "height": self._picture_height(), "alt": self.words()}
+        return data, {**metadata, "image/png": about}
+
+    def words(self) -> str:
+        """What the picture shows, for readers who do not see it: molecules, style, frames and their labels."""
+        laid = "" if self._reference is None else ", a translucent reference laid over"
+        style = f"ball and stick{_COLORED[self.color_by]}{laid}"
+        if len(self._titles) == 1:
+            what, where = self._words_of(0)
+            head = [text for text in (self.title, self._titles[0]) if text]
+            return ": ".join([*head, f"{what}, {style}"]) + (f"; {where}" if where else "")
+        panels = [", ".join(text for text in self._words_of(p) if text) for p in range(len(self._titles))]
+        named = [f"{title}: {text}" for title, text in zip(self._titles, panels, strict=True)]
+        head = [self.title] if self.title else []
+        return ": ".join([*head, f"{len(named)} views side by side, {style}", "; ".join(named)])
+
+    def _words_of(self, panel: int) -> tuple[str, str]:
+        """What a panel shows: formula and number of atoms; frame and label."""
+        frames = self._trajectories[panel]
+        if not frames:
+            return "no molecule", ""
+        i = min(self.frame, len(frames) - 1)
+        frame = frames[i]
+        formula = MoleculeBatch.from_arrays([(frame.numbers, frame.positions)], check=False).formula(0)
+        known = formula in self._titles[panel]  # as in the grid of a batch
+        what = f"{len(frame.numbers)} atoms" if known else f"{formula}, {len(frame.numbers)} atoms"
+        place = [f"frame {i + 1} of {len(frames)}"] if len(frames) > 1 else []
+        return what, ": ".join([*place, *([frame.label] if frame.label not in ("", formula) else [])])
+
+    def picture_html(self) -> str:
+        """The picture as HTML, for the static output of a panel."""
+        data = base64.b64encode(self.to_png()).decode()
+        return f"<img src='data:image/png;base64,{data}' alt='{html.escape(self.words())}' width='{_PICTURE_WIDTH}'>"
 
     def __repr__(self) -> str:
         shown = self.molecules()
@@ -333,10 +418,11 @@ class MoleculeViewer(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Close the view; frames that wait are dropped."""
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+        if hasattr(self, "_lock"):  # Python also closes what was never made: arguments with a wrong name
+            with self._lock:
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
         super().close()
 
     def on_pick(self, callback: Callable[[int | None], object]) -> None:
@@ -508,10 +594,12 @@ class MoleculeViewer(anywidget.AnyWidget):
         forces: Sequence[ArrayLike] | None,
         type_weights: Sequence[ArrayLike] | None,
     ) -> list[Frame]:
-        if isinstance(trajectory, MoleculeBatch):
-            sources = [(trajectory, i) for i in range(len(trajectory))]
+        given = read_molecules(trajectory)
+        sources: list[tuple[MoleculeLike, int]]
+        if isinstance(given, MoleculeBatch):
+            sources = [(given, i) for i in range(len(given))]
         else:
-            batches = trajectory.frames() if isinstance(trajectory, HasFrames) else list(trajectory)
+            batches = given.frames() if isinstance(given, HasFrames) else list(given)
             sources = [(batch, self._index) for batch in batches]
         for name, values in (("labels", labels), ("forces", forces), ("type_weights", type_weights)):
             if values is not None and len(values) != len(sources):
@@ -530,15 +618,17 @@ class MoleculeViewer(anywidget.AnyWidget):
 
     def _frame(
         self,
-        batch: MoleculeBatch,
+        given: MoleculeLike,
         index: int,
         label: str,
         forces: ArrayLike | None,
         type_weights: ArrayLike | None,
         where: str,
     ) -> Frame:
-        if not isinstance(batch, MoleculeBatch):
-            raise ValueError(f"{where} is a {type(batch).__name__}, expected a MoleculeBatch")
+        if not _is_molecule(given):
+            expected = "a MoleculeBatch, a SMILES string, an RDKit molecule or ASE's Atoms"
+            raise ValueError(f"{where} is a {type(given).__name__}, expected {expected}")
+        batch = _batch(given, f"{where}: ")
         if not 0 <= index < len(batch):
             raise ValueError(f"{where}: molecule {index} of a batch of {len(batch)}")
         mask = batch.mask[index].cpu()

@@ -222,3 +222,20 @@ def test_dft_check(notebook):
     nb.wait_for("document.querySelectorAll('.elp .elv canvas').length === 3")
     nb.expect("print([v.status for v in panel.verdicts])", "['ok', 'ok', 'ok']")
     _both_themes(nb, "dft_check")
+
+
+def test_sliders_show_their_figure_once(notebook):
+    nb = notebook(
+        "from elign_lab.teaching import Figure\nfrom elign_lab.teaching.explore import explore",
+        "draw = lambda power: Figure(x='x', y='y', alt=f'x to the {power}').add_scatter(x=[1, 2], y=[1, 2**power])\n"
+        "sliders = explore(draw, power=(2, 1, 4, 1))\nsliders",
+    )
+    _run(nb, "document.querySelectorAll('.js-plotly-plot').length > 0")
+    slider = nb.page.locator(".widget-slider .noUi-handle")
+    slider.focus()
+    slider.press("ArrowRight")
+    nb.expect("print(sliders.chart.figure.data[0].y[1])", "8")
+    nb.wait_for("document.body.innerText.includes('in words')")
+    assert nb.page.locator(".jp-OutputArea-output:has(.widget-slider)").count() == 1
+    assert nb.page.locator(".js-plotly-plot").count() == 1, "the output holds the figure too, for pages without widgets"
+    nb.picture("sliders")

@@ -14,6 +14,7 @@ from tests.notebooks.sources import NOTED, digest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
+PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -97,14 +98,33 @@ def test_figures_have_axis_titles_and_words(cells):
                         assert axis.get("title", {}).get("text"), f"no title on the {name}"
 
 
+def outputs(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    return [output for cell in code(cells) for output in cell.outputs if "data" in output]
+
+
 def test_figures_have_a_picture_for_readers_without_a_kernel(cells):
-    for cell in code(cells):
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if "application/vnd.plotly.v1+json" in data:
-                assert data.get("image/png", "").startswith("iVBORw0KGgo"), "no PNG: run `make notebooks`"
-                alt = data["application/vnd.plotly.v1+json"]["layout"]["meta"]["alt"]
-                assert output.metadata.get("image/png", {}).get("alt") == alt, "no text: run scripts/add_pictures.py"
+    for output in outputs(cells):
+        if PLOTLY in output.data:
+            assert output.data.get("image/png", "").startswith("iVBORw0KGgo"), "no PNG: run `make notebooks`"
+            alt = output.data[PLOTLY]["layout"]["meta"]["alt"]
+            assert output.metadata.get("image/png", {}).get("alt") == alt, "no text: run scripts/add_pictures.py"
+
+
+def test_every_picture_has_words(cells):
+    for output in outputs(cells):
+        if "image/png" in output.data:
+            name = output.data.get("text/plain", "an output")
+            assert output.metadata.get("image/png", {}).get("alt", "").strip(), f"no alternative text: {name}"
+        for image in re.findall(r"<img\b[^>]*>", output.data.get("text/html", "")):
+            assert re.search(r"""\balt=(['"])\s*[^\s'"]""", image), f"no alternative text: {image[:60]}"
+
+
+def test_a_widget_leaves_something_to_readers_without_a_kernel(cells):
+    for output in outputs(cells):
+        if WIDGET in output.data:
+            name = output.data.get("text/plain", "a widget")
+            assert output.data.get("text/html", "").strip() or "image/png" in output.data, f"only text: {name}"
+            assert PLOTLY not in output.data, f"a figure that only a kernel draws: run scripts/add_pictures.py ({name})"
 
 
 def test_the_quickstart_ends_with_a_check():

@@ -31,7 +31,7 @@ from elign_lab.theory import (
     symmetry,
     tilt,
 )
-from elign_lab.theory.alchemical import alchemical_cosines, trained_time
+from elign_lab.theory.alchemical import AlchemicalCosines, alchemical_cosines, mean_by_time, trained_time
 from elign_lab.theory.check import mean_check
 from elign_lab.theory.mixture import GaussianMixture
 from elign_lab.theory.springs import PairSprings
@@ -491,6 +491,19 @@ def test_cosines_until_a_time_are_those_of_the_later_steps():
         found.until(-1)
 
 
+def test_one_judged_molecule_has_a_mean_and_no_error():
+    nan = float("nan")
+    values = torch.tensor([[0.1, 0.3, 0.2], [0.08, nan, nan], [nan, nan, nan]])
+    mean, error = mean_by_time(values)
+    assert mean[:2].tolist() == pytest.approx([0.2, 0.08])
+    assert float(error[0]) == pytest.approx(0.1 / 3**0.5)
+    assert mean.isnan().tolist() == [False, False, True]
+    assert error.isnan().tolist() == [False, True, True]
+    times = torch.tensor([30, 20, 10])
+    figure = figures.cosine_by_time_figure(AlchemicalCosines(times, values, values))
+    assert [list(trace.x) for trace in figure.data] == [[30], [30]]
+
+
 def test_trained_time_is_where_the_shared_prefix_ends():
     base = small_denoiser()
     config = AlignConfig(steps=None, skip_prefix=7)
@@ -548,6 +561,18 @@ def test_what_is_no_density_has_an_axis_of_its_own_with_the_same_zero(figure, qu
     assert [trace.yaxis == "y2" for trace in figure.data] == [trace.name.startswith(quantity) for trace in figure.data]
     left, right = figure.layout.yaxis.range, figure.layout.yaxis2.range
     assert left[0] * right[1] == pytest.approx(left[1] * right[0])
+
+
+def test_returns_have_the_colour_of_their_group():
+    potential, terminal = np.arange(8.0).reshape(4, 2), np.zeros(4)
+    figure = figures.return_figure(potential, terminal, 1.0, groups=[5, 5, 7, 7])
+    assert [trace.name for trace in figure.data] == ["group 5", "group 5", "group 7", "group 7"]
+    assert len({trace.line.color for trace in figure.data[:2]}) == len({t.line.color for t in figure.data[2:]}) == 1
+    assert figure.data[0].line.color != figure.data[2].line.color
+    assert [trace.showlegend for trace in figure.data] == [True, False, True, False]
+    assert figure.layout.showlegend
+    assert "4 rollouts in 2 groups" in figure.layout.meta["alt"]
+    assert not figures.return_figure(potential, terminal, 1.0).layout.showlegend
 
 
 def test_sliders_redraw_the_figure():

@@ -12,9 +12,12 @@ import torch
 
 from elign_lab import checkpoints
 from elign_lab.checkpoints import (
+    FORMAT,
     bundled_models,
     edm_config,
     load_model,
+    model_file,
+    model_format,
     read_edm_args,
     save_model,
     verify_asset,
@@ -90,6 +93,23 @@ def test_damaged_and_foreign_files(tmp_path):
         load_model("edm-giant")
 
 
+def test_what_a_file_holds(tmp_path):
+    path = save_model(make(), tmp_path / "tiny.safetensors")
+    assert (model_file(path), model_format(path)) == (path, FORMAT)
+    assert model_file("gpff-mini") == checkpoints.ASSETS / "gpff-mini.safetensors"
+    assert model_format("gpff-mini") == "elign_lab.gpff/1"
+    assert model_format("edm-mini") == FORMAT
+    with pytest.raises(ValueError, match=r"is not a denoiser .* `elign-lab gpff sample`"):
+        load_model("gpff-mini")
+    with pytest.raises(FileNotFoundError, match=r"no model 'edm-giant'.*edm-mini.*gpff-mini"):
+        model_file("edm-giant")
+    with pytest.raises(FileNotFoundError, match="not in the public EDM format"):
+        model_format(tmp_path)
+    path.write_bytes(b"none")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        model_format(path)
+
+
 def test_passport_guards_an_asset(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "ASSETS", tmp_path)
     path = save_model(make(), tmp_path / "tiny.safetensors")
@@ -117,7 +137,9 @@ def test_every_bundled_file_matches_its_passport():
 
 
 def test_public_folder(tmp_path):
-    model = load_model(public_folder(tmp_path / "edm"))
+    folder = public_folder(tmp_path / "edm")
+    assert (model_file(folder).parent, model_format(folder)) == (folder, FORMAT)
+    model = load_model(folder)
     data = np.load(GOLDEN / "edm_small_random.npz")
     mask = torch.from_numpy(data["in/node_mask"][..., 0] > 0)
     with torch.no_grad():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,11 @@ from elign_lab.alignment import OracleFailureError
 from elign_lab.checkpoints import load_model, save_model
 from elign_lab.cli import main
 from elign_lab.denoiser import Denoiser, DenoiserConfig
+from elign_lab.evaluation.candidates import Sampling, load_candidate, make_molecules
+from elign_lab.gpff import generate
+from elign_lab.gpff.compositions import draw_compositions
+from elign_lab.gpff.model import GPFFConfig, PseudoForceField, save_force_field
+from elign_lab.gpff.quality import VARIANTS
 from elign_lab.oracles.learned import EnergyConfig, EnergyModel, save_energy_model
 from elign_lab.overrides import override
 from elign_lab.painn import PaiNNConfig
@@ -49,6 +57,15 @@ def energy_file(tmp_path_factory) -> str:
     torch.manual_seed(0)
     config = EnergyConfig(network=PaiNNConfig(features=8, vectors=4, channels=4, layers=1))
     return str(save_energy_model(EnergyModel(config), tmp_path_factory.mktemp("oracle") / "tiny.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def field_file(tmp_path_factory) -> str:
+    """An untrained pseudo-force field."""
+    torch.manual_seed(0)
+    network = PaiNNConfig(features=8, vectors=4, channels=4, layers=1, shortest=0.4, reach=10.0, cutoff=False)
+    config = GPFFConfig(network=network, compositions=(("CH4", 2), ("H2O", 1), ("C2H6O", 1)))
+    return str(save_force_field(PseudoForceField(config), tmp_path_factory.mktemp("field") / "tiny.safetensors"))
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -182,9 +199,65 @@ def test_a_mistake_is_found_before_the_sampling(model_file, energy_file, tmp_pat
         (["report", model_file, "typo", *oracle], "no model 'typo'"),
         (["report", model_file, model_file, "--oracle", "tarot"], "unknown oracle 'tarot'"),
         (["report", model_file, model_file, *oracle, "--history", str(empty)], "holds no iteration"),
+        (["evaluate", "--model", model_file, *oracle, "--variant", "direct"], "does not apply to"),
+        (["report", model_file, "gpff-mini", *oracle, "--variant", "indirect"], "expected one of 'ancestral'"),
+        (["evaluate", "--model", "gpff-mini", *oracle, "--spacing", "2"], "--spacing 2 does not apply to gpff-mini"),
     ):
         assert main(command) == 2
         assert text in capsys.readouterr().err
+
+
+TARGETS = [
+    (["sample", "--model", "edm-mini", "--n", "1"], "molecules.xyz"),
+    (["gpff", "sample", "--n", "1"], "molecules.xyz"),
+    (["report", "edm-mini", "edm-mini"], "report.html"),
+    (["gpff", "evaluate", "--n", "1"], "table.json"),
+    (["bench", "oracles"], "times.json"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), TARGETS, ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "")
+def test_a_target_that_cannot_be_written_is_found_first(command, name, tmp_path, capsys, monkeypatch):
+    for heavy in ("checkpoints.load_model", "gpff.load_force_field", "benchmarks.bench_oracles", "oracles.load_oracle"):
+        monkeypatch.setattr(f"elign_lab.{heavy}", lambda *_, **__: pytest.fail("computed first"))
+    suffix = Path(name).suffix
+    folder, file = tmp_path / f"folder{suffix}", tmp_path / "file"
+    folder.mkdir()
+    file.write_text("")
+    for out, text in (
+        (folder, "is a folder: expected a file that ends in"),
+        (tmp_path / "table.txt", "expected a file that ends in"),
+        (file / "new" / name, f"{file} is a file, expected a folder"),
+    ):
+        assert main([*command, "--out", str(out)]) == 2
+        captured = capsys.readouterr()
+        assert text in captured.err
+        assert suffix in captured.err
+        assert captured.out == ""
+    assert sorted(tmp_path.iterdir()) == [file, folder]  # nothing was made
+
+
+RUNS = (
+    *(["pretrain"], ["align", "--model", "edm-mini"], ["gpff", "train"], ["gpff", "align"]),
+    *(["fit-oracle"], ["demo"]),
+)
+
+
+@pytest.mark.parametrize("command", RUNS, ids=" ".join)
+def test_a_run_whose_folder_is_a_file(command, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out, text in ((file, "is a file: expected the folder of a run"), (file / "run", f"{file} is a file, expected")):
+        assert main([*command, "--out", str(out)]) == 2
+        assert text in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of Unix")
+def test_a_target_without_permission(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    assert main(["gpff", "evaluate", "--out", str(tmp_path / "new" / "table.json")]) == 2
+    assert f"no permission to write to {tmp_path}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- doctor, models, start
@@ -223,11 +296,27 @@ def test_doctor_finds_what_is_broken(monkeypatch, tmp_path, capsys):
     assert lab["what"] == "extra lab: x is missing, y is missing"
 
 
-def test_models_lists_the_passports(capsys):
-    assert main(["models", "--json"]) == 0
-    models = json.loads(capsys.readouterr().out)
-    assets = Path(elign_lab.__file__).parent / "assets"
-    assert [m["name"] for m in models] == [p.stem for p in sorted(assets.glob("*.safetensors"))]
+def test_doctor_says_what_the_first_use_of_an_oracle_needs():
+    usable, later, never = (
+        doctor.OracleState("ani", "", ready, reason)
+        for ready, reason in ((True, ""), (True, "the weights are not here yet"), (False, "run pip"))
+    )
+    report = doctor.Report(oracles=[usable, later, never])
+    lines = [line.strip() for line in report.text().splitlines() if line.strip().startswith("ani")]
+    states = ("usable", "usable, but the weights are not here yet", "NOT USABLE: run pip")
+    assert [line.removeprefix("ani").strip() for line in lines] == list(states)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_doctor_and_the_weights_of_ani(here, tmp_path, monkeypatch):
+    from elign_lab.oracles import ani
+
+    monkeypatch.setattr(ani, "_cached", lambda: tmp_path / "weights")
+    if here:
+        (tmp_path / "weights").write_text("")
+    (found,) = (o for o in doctor.examine().oracles if o.name == "ani")
+    if found.usable:  # torchani is an extra
+        assert found.state == "usable" if here else "downloaded on first use" in found.state
 
 
 def test_start_copies_and_never_overwrites(tmp_path, capsys):
@@ -283,6 +372,56 @@ def test_evaluate_prints_json_only(model_file):
         0 <= found["atom_stability"]["low"] <= found["atom_stability"]["value"] <= found["atom_stability"]["high"] <= 1
     )
     assert (found["n"], found["seed"], found["model"], found["oracle"], found["steps"]) == (6, 3, model_file, "xtb", 5)
+
+
+def test_evaluate_of_a_pseudo_force_field(field_file, energy_file, capsys):
+    oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}"]
+    command = ["evaluate", "--model", field_file, "--n", "3", "--steps", "2", "--seed", "4", *oracle, "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n"], found["steps"], found["variant"], found["seed"]) == (3, 2, "direct, 0.3", 4)
+    assert "spacing" not in found
+    assert main([*command, "--variant", "relaxation"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["variant"] == "relaxation"
+    assert other["f_rms_median"] != found["f_rms_median"]
+
+
+def test_the_molecules_of_fields_are_paired(field_file):
+    first = load_candidate(field_file)
+    assert first.settings(Sampling(2)) == {"steps": 64, "variant": "direct, 0.3"}
+    sampling = Sampling(3, steps=2, seed=5)
+    base, other = make_molecules([first, load_candidate("gpff-mini")], sampling)
+    assert torch.equal(base.numbers, other.numbers)  # the atoms that the first one drew
+    assert not torch.equal(base.positions, other.positions)
+    sampler, options = VARIANTS["direct, 0.3"]
+    atoms = draw_compositions(first.model.config.compositions, 3, torch.Generator().manual_seed(5))
+    ours = generate(first.model, compositions=atoms, sampler=sampler, evaluations=2, seed=5, **options)
+    assert torch.equal(base.positions, ours.positions)
+
+
+def test_report_of_fields_and_of_both_kinds(model_file, field_file, energy_file, tmp_path, capsys):
+    oracle = ["--oracle", "learned", "--oracle-option", f"model={energy_file}"]
+    common = ["--n", "3", "--steps", "2", *oracle]
+    html = tmp_path / "report.html"
+    command = ["report", field_file, field_file, *common, "--out", str(html)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "not paired" not in captured.err
+    for line in captured.out.splitlines()[2:7]:
+        assert "+0.00" in line  # the same model, the same molecules
+    page = html.read_text()
+    digest = hashlib.sha256(Path(field_file).read_bytes()).hexdigest()[:12]
+    for text in (digest, "direct, 0.3", "2 network evaluations", shlex.join(["elign-lab", *command]), "paired by seed"):
+        assert escape(text) in page
+    assert f"elign_lab {elign_lab.__version__}" in page
+
+    assert main(["report", model_file, field_file, *common, "--spacing", "2", "--out", str(html)]) == 0
+    assert "not paired" in capsys.readouterr().err
+    page = html.read_text()
+    assert "2 of 50 reverse steps, spacing 2" in page
+    assert "paired by seed" not in page
+    assert "come from the same seed" not in page
 
 
 # ---------------------------------------------------------------------- training

@@ -159,6 +159,18 @@ def test_the_gap_tells_hacking_from_a_real_gain(hacked):
     assert (found.gap.low <= 0 <= found.gap.high) == (not hacked)
 
 
+def test_an_equal_fall_from_a_higher_floor_is_a_smaller_share():
+    """1 to 0.5 for the preference model, 2 to 1.5 for the judge: no gap, and 50 against 25 per cent."""
+    falls = np.linspace(0.9, 1.1, 21)
+    found = agreement((falls, falls - 0.5), (falls + 1, falls + 0.5), n_boot=100)
+    assert found.gap.value == pytest.approx(0.0)
+    assert [found.preference_share.value, found.judge_share.value] == pytest.approx([0.5, 0.25])
+    assert found.share_gap.value == pytest.approx(0.25)
+    assert found.share_gap.low > 0.2
+    energies = agreement((falls - 6, falls - 7), (falls - 6, falls - 7), n_boot=100)
+    assert np.isnan([energies.preference_share.value, energies.share_gap.value]).all()
+
+
 def test_agreement_needs_molecules_that_all_could_judge():
     values = np.arange(6.0)
     broken = values.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -398,6 +399,47 @@ def test_latency_is_measured_for_each_number_of_evaluations(untrained):
     found = latency(untrained, "CO", evaluations=(2, 3), repeats=2)
     assert list(found) == [2, 3]
     assert all(0 < seconds < 60 for seconds in found.values())
+
+
+def test_a_run_has_one_thread_and_leaves_the_others_as_they_were(untrained, oracle, monkeypatch):
+    seen, forward = [], PseudoForceField.forward
+
+    def noted(self, *arguments):
+        seen.append(torch.get_num_threads())
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(PseudoForceField, "forward", noted)
+    ethanol = opened("CCO").structure
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        between = [torch.get_num_threads() for _ in regenerate(untrained, ethanol, RunSettings(evaluations=4))]
+        measure(untrained, oracle, ethanol.molecule)
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(PseudoForceField, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(regenerate(untrained, ethanol, RunSettings(evaluations=4)))
+        assert torch.get_num_threads() == 3, "also when it fails"
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 5
+    assert between == [3] * len(between)
+    assert between
+
+
+@pytest.mark.skipif(not (ASSETS / "gpff-mini.safetensors").is_file(), reason="gpff-mini is not bundled yet")
+def test_a_new_structure_of_20_atoms_is_made_while_one_waits():
+    model, hexane = load_force_field(), editing.open_molecule("CCCCCC", load_force_field().config).structure
+    assert hexane.n_atoms == 20
+    for evaluations in (8, 16):
+        seconds = []
+        for seed in range(3):
+            started = time.thread_time()  # of computing: other programs of the machine do not count
+            records = list(regenerate(model, hexane, RunSettings(evaluations=evaluations, seed=seed)))
+            seconds.append(time.thread_time() - started)
+            assert records[-1].evaluations == evaluations
+        print(f"{evaluations} evaluations: {1000 * min(seconds):.0f} ms of computing")
+        assert min(seconds) < 0.2  # some 50 ms on one core of 2.6 GHz
 
 
 @pytest.mark.skipif(not (ASSETS / "gpff-mini.safetensors").is_file(), reason="gpff-mini is not bundled yet")

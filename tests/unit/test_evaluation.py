@@ -26,7 +26,9 @@ from elign_lab.evaluation import (
     validity,
     write_html,
 )
+from elign_lab.evaluation.comparison import composition_control, diversity, diversity_blocks
 from elign_lab.evaluation.intervals import Interval, bootstrap, difference, median, paired_difference, pooled, wilson
+from elign_lab.evaluation.report import format_interval
 from elign_lab.molecules import MoleculeBatch, zero_com_noise
 
 SMILES = ["O", "CO", "C#N", "CC(=O)N", "c1cc[nH]c1", "FC1CC1", "CCO", "C1CC1C#C"]
@@ -458,6 +460,9 @@ HISTORY = [{"iteration": i, "reward_energy": 5 + i, "kl": np.float32(0.01 * i), 
 ]
 
 
+ABOUT = {"base": "edm-mini (sha256 cef2af182bac)", "oracle": "a <judge>", "command": "elign-lab report 'a b' c"}
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -479,7 +484,8 @@ class Links(HTMLParser):
 def report(pair, tmp_path_factory):
     base_batch, aligned_batch, base, aligned = pair
     path = tmp_path_factory.mktemp("report") / "report.html"
-    assert write_html(path, base, aligned, base_batch, aligned_batch, HISTORY, names=("<base>", "aligned")) == path
+    options = {"names": ("<base>", "aligned"), "about": ABOUT}
+    assert write_html(path, base, aligned, base_batch, aligned_batch, HISTORY, **options) == path
     return path
 
 
@@ -500,6 +506,38 @@ def test_report_is_one_file_with_the_numbers(report, pair):
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # turned, and rounded to 0.001 Angstrom
     assert f"{100 * base.validity.value:.2f}" in text
     assert "&lt;base&gt;" in text
+
+
+def test_report_says_what_it_compares(report, pair, tmp_path):
+    text = report.read_text(encoding="utf-8")
+    assert '<dt class="base">base</dt><dd>edm-mini (sha256 cef2af182bac)</dd>' in text
+    assert "<dd>a &lt;judge&gt;</dd>" in text
+    assert "<dd><code>elign-lab report &#x27;a b&#x27; c</code></dd>" in text
+    assert "paired by seed" in text
+    base_batch, aligned_batch, base, aligned = pair
+    bare = write_html(tmp_path / "r.html", base, aligned, base_batch, aligned_batch, paired=False)
+    text = bare.read_text(encoding="utf-8")
+    assert '<dl class="about">' not in text
+    assert "not paired" in text
+    assert "same seed" not in text
+
+
+def test_report_has_the_energy_at_equal_composition_and_the_diversity(report, pair, tmp_path):
+    base_batch, aligned_batch, base, aligned = pair
+    energies = [e.molecules.energy_per_atom for e in (base, aligned)]
+    control = composition_control(base_batch, aligned_batch, *energies)
+    text = report.read_text(encoding="utf-8")
+    for interval in (control.raw, control.explained, control.adjusted):
+        value, _, limits = format_interval("energy_per_atom_median", interval, signed=True).partition(" ")
+        assert f'{value}</span><span class="range">{limits}</span>' in text
+    assert f"From the {control.pairs} pairs" in text
+    sets = {"base": diversity(base_batch), "aligned": diversity(aligned_batch)}
+    for block in diversity_blocks(sets).values():
+        for label, (first, second) in block.items():
+            assert f'<th scope="row">{label}</th><td>{first}</td><td>{second}</td>' in text
+    few = [batch[:2] for batch in (base_batch, aligned_batch)]
+    path = write_html(tmp_path / "few.html", *(evaluate(batch, PairOracle()) for batch in few), *few)
+    assert "Not known: 2 pairs were judged in both sets" in path.read_text(encoding="utf-8")
 
 
 def test_report_without_oracle_and_with_broken_molecules(pair, tmp_path):
@@ -547,11 +585,19 @@ def test_report_in_a_browser(report, scheme):
         seen = [canvas.evaluate(pixels)]
         box = canvas.bounding_box()
         page.mouse.move(box["x"] + 60, box["y"] + 60)
+        page.mouse.wheel(0, -200)
+        page.wait_for_timeout(200)
+        free = [canvas.evaluate(pixels), canvas.bounding_box()["y"] - box["y"]]
+        canvas.scroll_into_view_if_needed()
+        page.mouse.wheel(0, 200)
+        page.wait_for_timeout(200)
+        box = canvas.bounding_box()
+        page.mouse.move(box["x"] + 60, box["y"] + 60)
         page.mouse.down()
         page.mouse.move(box["x"] + 110, box["y"] + 80, steps=4)
         page.mouse.up()
         seen.append(canvas.evaluate(pixels))
-        page.mouse.wheel(0, -300)
+        page.mouse.wheel(0, -300)  # the drag has given the pair the focus
         page.wait_for_timeout(100)
         seen.append(canvas.evaluate(pixels))
         page.keyboard.press("ArrowLeft")
@@ -561,5 +607,7 @@ def test_report_in_a_browser(report, scheme):
         browser.close()
     assert errors == []
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert free[0] == seen[0]
+    assert free[1] > 0  # until a pair is clicked, the wheel is the page's
     assert len(set(seen[:4])) == 4  # drag, wheel and key each change the view
     assert seen[4] == seen[0]  # and a double click undoes them

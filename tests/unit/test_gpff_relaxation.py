@@ -142,6 +142,15 @@ def test_figure_shows_the_medians(minima, distorted):
     assert "Å" in figure.layout.yaxis.title.text
 
 
+def test_figure_begins_after_the_calls_that_were_made_before(minima, distorted):
+    curve = relax_by_denoising(PartialField(minima), distorted, minima, calls=2)
+    figure = relaxation_figure({"field": curve, "after field": curve}, spent={"after field": 4})
+    assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [4, 5, 6]]
+    assert list(figure.data[0].y) == list(figure.data[1].y)
+    with pytest.raises(ValueError, match="spent names"):
+        relaxation_figure({"field": curve}, spent={"fields": 4})
+
+
 def test_bad_input_is_refused(minima, distorted):
     field = PartialField(minima)
     with pytest.raises(ValueError, match="calls must be at least 1"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elign_lab.checkpoints import load_model
 from elign_lab.cli import main
 from elign_lab.datasets import load_dataset
-from elign_lab.evaluation.intervals import wilson
+from elign_lab.evaluation.intervals import difference, wilson
 from elign_lab.gpff import (
     SAMPLERS,
     Constraints,
@@ -43,9 +43,11 @@ from elign_lab.gpff import (
 )
 from elign_lab.gpff.compositions import composition_counts, draw_compositions, formula_of
 from elign_lab.gpff.levels import karras_decrement, karras_levels, next_level
-from elign_lab.gpff.quality import VARIANTS, valid_smiles
+from elign_lab.gpff.quality import VARIANTS, Quality, valid_smiles, validity_gain
 from elign_lab.molecules import MoleculeBatch, zero_com
+from elign_lab.oracles import load_oracle
 from elign_lab.painn import PaiNNConfig
+from elign_lab.sampling import sample
 
 SMALL = PaiNNConfig(features=16, vectors=8, channels=8, layers=2, basis=8, shortest=0.1, reach=12.0, cutoff=False)
 
@@ -229,6 +231,13 @@ def test_same_seed_same_structures_and_equivariance_of_relaxation(untrained, eth
         ({"compositions": ""}, "not a formula"),
         ({"compositions": "C30H62"}, "over the model's limit"),
         ({"compositions": []}, "empty"),
+        ({"compositions": "C0H2"}, "counts of 1 or more"),
+        ({"compositions": 5}, "compositions are 5: expected formulas"),
+        ({"compositions": [[6.5, 1.2, 1, 1, 1]]}, r"composition \[6.5, .* whole atomic numbers"),
+        ({"compositions": [["C", "O"]]}, "whole atomic numbers"),
+        ({"compositions": "CH4", "sigma": 0.0, "sampler": "direct", "strength": 0.0}, "all atoms at one place"),
+        ({"compositions": "CH4", "sigma": 0.01}, "a sigma over 0.02"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"compositions": ["CH4", "H2O"], "n": 3}, "one for all"),
         ({"sampler": "ancestral", "level": "other"}, "unknown level"),
         ({"sampler": "direct", "strength": -1.0}, "strength"),
@@ -250,6 +259,13 @@ def test_wrong_starts_are_refused(untrained, ethanol):
         generate(untrained, start=ethanol, compositions="CH4")
     with pytest.raises(ValueError, match="need a start"):
         generate(untrained, 1, constraints=Constraints(ethanol.positions[0], frozen=(0,)))
+    methane = MoleculeBatch.from_smiles("C")
+    radical = MoleculeBatch(methane.numbers[:, :4], methane.positions[:, :4], methane.mask[:, :4])
+    with pytest.raises(ValueError, match="molecule 1 of the start, CH3, has 9 electrons, an odd number"):
+        generate(untrained, start=MoleculeBatch.cat([methane, radical]), sampler="direct", sigma=1.0)
+    hydrogen = MoleculeBatch(torch.ones_like(radical.numbers), radical.positions, radical.mask)
+    with pytest.raises(ValueError, match="molecule 0 of the start, H4, has 4 atoms with 2 bonds"):
+        generate(untrained, start=hydrogen, sampler="direct", sigma=1.0)
 
 
 # ---------------------------------------------------------------------- compositions
@@ -379,6 +395,14 @@ def test_an_atom_between_two_regions_is_let_out(axis, radius):
     [
         ({"frozen": tuple(range(9))}, "all 9 atoms are frozen"),
         ({"frozen": (9,)}, "atom 9"),
+        ({"frozen": (0.5,)}, "frozen has 0.5 for an atom: expected its index"),
+        ({"frozen": 0}, "frozen is 0: expected a tuple"),
+        ({"distances": ((0, 1),)}, r"distances has the entry \(0, 1\): expected \(i, j, length"),
+        ({"distances": (0, 1, 1.5)}, "distances has the entry 0"),
+        ({"distances": ((0.0, 1, 1.5),)}, "distances has 0.0 for an atom"),
+        ({"distances": ((0, 1, "far"),)}, "'far'.*: expected"),
+        ({"forbidden": (((0.0, 0.0, 0.0), 1.0),)}, "expected Sphere"),
+        ({"forbidden": Sphere((0.0, 0.0, 0.0), 1.0)}, "forbidden is Sphere.*: expected a tuple"),
         ({"distances": ((0, 1, -1.0),)}, "positive length"),
         ({"distances": ((0, 1, float("inf")),)}, "positive length, finite"),
         ({"distances": ((0, 0, 1.0),)}, "two different atoms"),
@@ -409,8 +433,14 @@ def test_constraints_of_another_molecule_are_refused(untrained, ethanol):
         generate(untrained, start=pair, sigma=1.0, constraints=limits)
     with pytest.raises(ValueError, match="not finite"):
         Constraints(ethanol.positions[0] * torch.nan, frozen=(0,))
-    with pytest.raises(ValueError, match="radius"):
-        Sphere((0.0, 0.0, 0.0), 0.0)
+    for radius in (0.0, "1"):
+        with pytest.raises(ValueError, match="radius"):
+            Sphere((0.0, 0.0, 0.0), radius)
+    with pytest.raises(ValueError, match=r"three finite numbers, got 5\.0"):
+        Sphere(5.0, 1.0)
+    for pair in (0, (0, 1, 2), (0, 1.0), (0, 9)):
+        with pytest.raises(ValueError, match=r"pairs has|atom 9"):
+            Constraints.keep_distances(ethanol.positions[0], [pair])
 
 
 # ---------------------------------------------------------------------- edits
@@ -482,6 +512,7 @@ def test_quality_of_an_exact_field(ethanol):
     assert content[0]["sampler"] == "ancestral"
     again = quality_from_json(content)
     assert quality_text(again) == quality_text(rows)
+    assert [row.valid for row in again] == [row.valid for row in rows]
     some = [replace(row, n=128, validity=0.125, uniqueness=0.75) for row in again if row.sampler == "direct"][:1]
     ((above,), (below,)) = (quality_figure(some, "uniqueness").data[0].error_y[k] for k in ("array", "arrayminus"))
     expected = wilson(12, 16)  # uniqueness counts the valid ones only
@@ -489,6 +520,58 @@ def test_quality_of_an_exact_field(ethanol):
     figure = quality_figure(again)
     assert {trace.name for trace in figure.data} == {row.sampler for row in rows}
     assert max(y for trace in figure.data for y in trace.y) == pytest.approx(100)
+
+
+def test_intervals_of_the_rows():
+    data = load_dataset("bundled", split="validation").batch(range(20))
+    x = data.positions.clone()
+    x[3:5] *= 3
+    with load_oracle("learned") as oracle:
+        figures = judge(data.with_positions(x), oracle)
+    assert figures["valid"] == "11100" + 15 * "1"
+    assert 0 < figures["f_rms_low"] < figures["f_rms"] < figures["f_rms_high"]
+    row = Quality("direct", 8, 20, **figures, seconds=0.01)
+    expected = wilson(18, 20)
+    assert f"90.0 ({100 * expected.low:.1f}-{100 * expected.high:.1f})" in quality_text([row])
+    assert f"{row.f_rms:.2f} ({row.f_rms_low:.2f}-{row.f_rms_high:.2f})" in quality_text([row])
+    (content,) = quality_json([row])
+    assert (content["validity_low"], content["validity_high"]) == (expected.low, expected.high)
+    assert quality_from_json([content]) == [row]
+    new = ("f_rms_low", "f_rms_high", "valid", "validity_low", "validity_high")
+    (old,) = quality_from_json([{key: value for key, value in content.items() if key not in new}])
+    assert old.validity_interval == expected
+    assert quality_json([old])[0]["f_rms_low"] is None
+    assert f"{row.f_rms:.2f} (" not in quality_text([old])
+
+
+def test_gain_in_validity_is_that_of_pairs():
+    options = {"edm_validity": 1.0, "stability": 1.0, "uniqueness": 1.0, "f_rms": 1.0, "failures": 0, "seconds": 0.0}
+    first, second = (
+        Quality("direct", 8, 40, **options, validity=valid.count("1") / 40, valid=valid)
+        for valid in ("1" * 20 + "0" * 20, "1" * 25 + "0" * 15)
+    )
+    gain = validity_gain(first, second)
+    unpaired = difference(first.validity_interval, second.validity_interval)
+    assert gain.value == pytest.approx(5 / 40)
+    assert unpaired.low < 0 < gain.low < gain.value < gain.high < unpaired.high
+    with pytest.raises(ValueError, match="does not say which of its 40 structures"):
+        validity_gain(first, replace(second, valid=""))
+    with pytest.raises(ValueError, match="cannot pair 40 structures with 20"):
+        validity_gain(first, replace(second, n=20, valid=second.valid[:20]))
+
+
+def test_a_denoiser_has_more_steps_near_the_end():
+    model = load_model("edm-mini")
+    times = []
+    answer = model.eps
+    model.eps = lambda z, t, *a, **kw: times.append(float(t.flatten()[0])) or answer(z, t, *a, **kw)
+    sample(model, 2, steps=7, spacing=2.0, seed=3)
+    expected = list(times)
+    times.clear()
+    denoiser_table(model, 2, budgets=(8,), samplers=("ancestral",), seed=3)
+    assert times == expected
+    gaps = -np.diff(times)
+    assert gaps[0] > 2 * gaps[-2] > 0
 
 
 def test_quality_of_a_denoiser_counts_its_decoding():

@@ -20,9 +20,9 @@ from elign_lab.evaluation import smiles, stability
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles.protocol import Evaluation, Oracle
 from elign_lab.training import load_state
-from elign_lab.widgets import AlignmentDashboard, DFTCheck, OracleComparison, RewardInspector, SamplingPanel
+from elign_lab.widgets import AlignmentDashboard, DFTCheck, Live, OracleComparison, RewardInspector, SamplingPanel
 from elign_lab.widgets.panels import comparison, dashboard, dft_check, dragging, inspector, sampling
-from elign_lab.widgets.panels.base import Chart, Panel, badge, move_marks, number
+from elign_lab.widgets.panels.base import PLOTLY, Chart, Panel, badge, move_marks, number
 from elign_lab.widgets.panels.reward_trace import explain, trace_group
 
 SMALL = replace(
@@ -171,6 +171,8 @@ def test_reward_inspector_panel(model, oracle):
     assert (panel.step, panel.member, panel.viewer.frame) == (4, 2, 4)
     expected = inspector.lines_html(explain(panel.trace, 2, 4))
     assert expected in panel.summary_html() != first
+    assert panel.viewer.picture_html() in panel.summary_html()
+    assert "; frame 5 of 8: step 4, t = " in panel.summary_html()
     assert "taken from step 3" in panel.summary_html()
     assert torch.equal(panel.viewer.molecules()[0].positions[0], panel.trace.clean[4].positions[2])
     panel.viewer.frame = 7  # what the browser's slider does
@@ -232,7 +234,7 @@ def test_sampling_panel_gives_the_molecules_of_sample(model):
     shown = panel.viewer.molecules()
     assert [m.formula(0) for m in shown] == [expected.formula(i) for i in range(4)]
     assert panel.live.n_done == 7
-    assert panel.summary_html() == sampling.molecule_cards(expected)
+    assert panel.summary_html() == panel.viewer.picture_html() + sampling.molecule_cards(expected)
 
     panel.set(temperature=0.5, n=2)
     panel.start().wait(60)
@@ -692,11 +694,45 @@ def test_a_page_without_widgets_gets_the_content_as_html(oracle):
     assert isinstance(panel, Panel)
 
 
-def test_a_panel_with_nothing_to_say_yet_leaves_the_page_its_name(model):
-    bundle = SamplingPanel({"edm-mini": model})._repr_mimebundle_()
+def shown_without_widgets(widget) -> dict:
+    bundle = widget._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
-    assert "text/html" not in data, "an empty one would hide the text"
+    assert "application/vnd.jupyter.widget-view+json" in data
+    return data
+
+
+def test_a_panel_that_has_not_run_says_what_it_will_show(model, oracle):
+    data = shown_without_widgets(SamplingPanel({"edm-mini": model}, n=3, steps=25))
+    assert "Start samples 3 by edm-mini in 25 steps" in data["text/html"]
     assert data["text/plain"].startswith("SamplingPanel('edm-mini'")
+    data = shown_without_widgets(AlignmentDashboard(model, oracle, TINY, gallery=1))
+    assert "No iteration yet: Start runs 3" in data["text/html"]
+    assert PLOTLY not in data
+    assert "<img" not in data["text/html"]
+    data = shown_without_widgets(DFTCheck("C=O", {"learned": oracle}, dft=oracle))
+    assert "No answer yet: Start asks learned, dft." in data["text/html"]
+
+
+def test_a_dashboard_that_has_run_leaves_its_curves_and_samples(model, oracle):
+    panel = AlignmentDashboard(model, oracle, replace(TINY, iterations=1), gallery=1)
+    panel.start().wait(120)
+    data = shown_without_widgets(panel)
+    assert "1 of 1" in data["text/html"]
+    assert panel.viewer.picture_html() in data["text/html"]
+    assert data[PLOTLY]["data"][0]["y"] == [panel.rows[0]["reward_force"]]
+    assert data[PLOTLY]["layout"]["meta"]["alt"].startswith("Learning curves over 1 iterations: force reward")
+
+
+def test_a_chart_and_a_loop_leave_something_when_shown_alone():
+    empty = dashboard.dashboard_figure([])
+    assert shown_without_widgets(Chart(empty))["text/html"] == "A chart in which nothing is drawn yet."
+    drawn = shown_without_widgets(Chart(dashboard.dashboard_figure([{"iteration": 0, "kl": 0.5}])))
+    assert "text/html" not in drawn
+    assert drawn[PLOTLY]["data"][4]["y"] == [0.5]
+    loop = Live(range(3), description="a <loop>")
+    assert shown_without_widgets(loop)["text/html"] == "a &lt;loop&gt;: ready, 0 of 3 items done"
+    loop.start().wait(20)
+    assert shown_without_widgets(loop)["text/html"] == "a &lt;loop&gt;: finished, 3 of 3 items done"
 
 
 def test_a_chart_sends_the_figure_as_it_is():

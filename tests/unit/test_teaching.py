@@ -69,6 +69,7 @@ def test_sliders_draw_the_figure_again_and_show_what_went_wrong(monkeypatch):
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert data["text/plain"].startswith("Figure with sliders for power, scale: x to the 3. Words.")
     assert len(data["text/plain"]) > 200
+    assert data["application/vnd.plotly.v1+json"]["data"][0]["y"] == [8.0]
     scale.value = 2.0
     assert shown.last_error == "ArithmeticError: no <figure> for 2"
     assert "no &lt;figure&gt; for 2" in shown.children[-1].value

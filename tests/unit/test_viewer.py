@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import gc
 import http.server
 import io
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ase.build import molecule
 from PIL import Image
+from rdkit import Chem
 
 import elign_lab.widgets as widgets
 from elign_lab.molecules import MoleculeBatch
@@ -347,6 +351,27 @@ def test_the_output_has_widget_picture_and_text(path):
     image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
     size = metadata["image/png"]
     assert image.size == (2 * size["width"], 2 * size["height"])
+    assert size["alt"] == "C2H6O, 9 atoms, ball and stick; frame 1 of 4"
+
+
+def test_the_picture_has_words_for_readers_who_do_not_see_it(molecules, path):
+    v = MoleculeViewer(path, title="run", labels=[f"t = {40 * k}" for k in range(4)])
+    v.frame, v.color_by = 2, "force"
+    expected = "run: C2H6O, 9 atoms, ball and stick, coloured by the size of the forces; frame 3 of 4: t = 80"
+    assert v._repr_mimebundle_()[1]["image/png"]["alt"] == v.words() == expected
+    v.overlay(molecules[1])
+    assert "laid over" in v.words()
+    assert show(molecules[:2]).words() == (
+        "2 views side by side, ball and stick: 0: C2H6O: 9 atoms; 1: C6H6O: 13 atoms"
+    )
+    both = compare(path, path[:2], titles=("base", "aligned"))
+    both.frame = 3  # the shorter one stays on its last frame
+    assert both.words().endswith("base: C2H6O, 9 atoms, frame 4 of 4; aligned: C2H6O, 9 atoms, frame 2 of 2")
+    assert MoleculeViewer().words() == "no molecule, ball and stick"
+    v = MoleculeViewer(path, title="<'run'>")
+    page = v.picture_html()
+    assert "alt='&lt;&#x27;run&#x27;&gt;: C2H6O" in page
+    assert base64.b64decode(page.split("base64,")[1].split("'")[0]) == v.to_png()
 
 
 def test_the_picture_shows_the_atoms_in_their_colours(molecules):
@@ -452,7 +477,13 @@ def test_a_saved_page_has_one_frame_in_the_state(path):
     ("make", "message"),
     [
         (lambda m, p: MoleculeViewer(p, index=3), "molecule 3 of a batch of 3"),
-        (lambda m, p: MoleculeViewer(["CCO"]), "frame 0 is a str, expected a MoleculeBatch"),
+        (lambda m, p: MoleculeViewer([3]), "frame 0 is a int, expected a MoleculeBatch, a SMILES string"),
+        (lambda m, p: MoleculeViewer([m[0], None]), "frame 1 is a NoneType"),
+        (lambda m, p: show("water"), "'water' is not a valid SMILES string"),
+        (lambda m, p: show(["CCO", "C1C"]), "number 1 of the list: 'C1C' is not a valid SMILES"),
+        (lambda m, p: show([m[0], Chem.MolFromSmiles("CCO")]), "number 1 of the list: the molecule has no conformer"),
+        (lambda m, p: show({"a": Chem.MolFromSmiles("CCO")}), "the molecule has no conformer: embed it first"),
+        (lambda m, p: MoleculeViewer().push(Chem.MolFromSmiles("CCO")), "the pushed molecule: the molecule has no"),
         (lambda m, p: MoleculeViewer({}), "empty mapping"),
         (lambda m, p: MoleculeViewer(p, labels=["a"]), "1 labels for 4 frames"),
         (lambda m, p: MoleculeViewer(m[0], forces=[np.zeros((4, 3))]), r"forces has shape \(4, 3\), expected \(9, 3\)"),
@@ -492,6 +523,46 @@ def test_show_picks_the_view(molecules, path):
     assert repr(show(Run())) == "MoleculeViewer(C2H6O, 4 frames)"
     assert repr(show((path, Run()))) == "MoleculeViewer(C2H6O, 4 frames, 2 panels)"
     assert show({"EDM": path, "Elign": path})._titles == ["EDM", "Elign"]
+
+
+def test_show_reads_smiles_rdkit_and_ase(molecules):
+    water, ammonia = molecule("H2O"), molecule("NH3")
+    mols = molecules.to_rdkit()
+    assert repr(show("CCO")) == repr(show(mols[0])) == "MoleculeViewer(C2H6O, 1 frame)"
+    for form, batch in (("CCO", MoleculeBatch.from_smiles("CCO")), (mols[0], molecules[0])):
+        shown = show(form).molecules()[0]
+        np.testing.assert_allclose(shown.positions[0], batch.positions[0][batch.mask[0]], atol=1e-4)
+    assert repr(show([water])) == repr(show(water)) == "MoleculeViewer(H2O, 1 frame)"
+    moved = water.copy()
+    moved.positions += [0.0, 0.0, 1.0]
+    path = show([water, moved])
+    assert repr(path) == "MoleculeViewer(H2O, 2 frames)", "the same atoms: a trajectory"
+    path.frame = 1
+    np.testing.assert_allclose(path.molecules()[0].positions[0], moved.positions, atol=1e-6)
+    assert repr(show([water, ammonia])) == "MoleculeViewer(H2O, 1 frame, 2 panels)", "other atoms: molecules"
+    assert repr(show(mols)) == "MoleculeViewer(C2H6O, 1 frame, 3 panels)"
+    assert repr(show(["CO", "CO"])) == "MoleculeViewer(CH4O, 1 frame, 2 panels)", "SMILES are molecules"
+    assert repr(show(["CO"] * 13)) == "MoleculeViewer(CH4O, 13 frames)", "as a large batch"
+    assert repr(show(("CO", [water, water]))) == "MoleculeViewer(CH4O, 2 frames, 2 panels)"
+    assert repr(show({"a": mols[0], "b": "CO"})) == "MoleculeViewer(C2H6O, 1 frame, 2 panels)"
+    assert repr(compare([molecules[0], water], mols[0])) == "MoleculeViewer(C2H6O, 2 frames, 2 panels)"
+    live = MoleculeViewer()
+    live.push(water)
+    live.replace(0, "CO")
+    live.overlay(ammonia)
+    live.flush()
+    assert repr(live) == "MoleculeViewer(CH4O, 1 frame)"
+
+
+def test_a_viewer_that_was_refused_is_forgotten_without_a_word(molecules, monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: ignored.append(raised.exc_value))
+    with pytest.raises(TypeError, match="foo"):
+        show(molecules[0], foo=3)
+    with pytest.raises(ValueError, match="color_by is"):
+        show(molecules[0], color_by="charge")
+    gc.collect()
+    assert ignored == []
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,24 @@ import traitlets
 from elign_lab.teaching.figure import COLORS, faded
 from elign_lab.widgets.errors import raise_in_tests
 
+PLOTLY = "application/vnd.plotly.v1+json"
 _CSS = Path(__file__).with_name("panels.css").read_text()
 _MARK = "shown now"
 MEMBER_COLOR = faded("base", 0.55)
 
 __all__ = [
     "MEMBER_COLOR",
+    "PLOTLY",
     "Chart",
     "Panel",
     "add_mark",
     "badge",
+    "bundle_with",
     "escape",
     "figures_row",
     "move_marks",
     "number",
+    "plotly_json",
 ]
 
 escape = html.escape
@@ -40,7 +44,8 @@ class Panel(ipywidgets.VBox):
     """A framed column of widgets with a title and a line for errors.
 
     What a callback of the browser raises is shown in the panel and kept in `last_error`; Python callers of the same
-    methods get the exception. Subclasses give `summary_html()`, which pages without widgets show.
+    methods get the exception. Subclasses give `summary_html()`, which pages without widgets show, and may give
+    `summary_figure()`: scripts/add_pictures.py puts its picture over it in the notebooks of the repository.
     """
 
     last_error = traitlets.Unicode("")
@@ -76,13 +81,17 @@ class Panel(ipywidgets.VBox):
         """The content as static HTML."""
         raise NotImplementedError
 
+    def summary_figure(self) -> go.Figure | None:
+        """The figure to show above it, None for none."""
+        return None
+
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widget, and its content (if any) as HTML for pages that run no widgets (GitHub, nbviewer)."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if content := self.summary_html():
-            data["text/html"] = content
-        return bundle
+        content, figure = self.summary_html(), self.summary_figure()
+        more: dict[str, Any] = {"text/html": content} if content else {}  # an empty one would hide the text
+        if figure is not None:
+            more[PLOTLY] = plotly_json(figure)
+        return bundle_with(super()._repr_mimebundle_(**kwargs), more)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -102,8 +111,24 @@ class Chart(ipywidgets.Output):
     def draw(self, figure: go.Figure) -> None:
         """Show this figure."""
         self.figure = figure
-        content = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
-        self.outputs = ({"output_type": "display_data", "data": content, "metadata": {}},)
+        self.outputs = ({"output_type": "display_data", "data": {PLOTLY: plotly_json(figure)}, "metadata": {}},)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and the figure for pages that run no widgets; a line of text where nothing is drawn yet."""
+        drawn = any(len(getattr(trace, "x", None) or ()) for trace in self.figure.data)
+        more = {PLOTLY: plotly_json(self.figure)} if drawn else {"text/html": "A chart in which nothing is drawn yet."}
+        return bundle_with(super()._repr_mimebundle_(**kwargs), more)
+
+
+def plotly_json(figure: go.Figure) -> dict[str, Any]:
+    """A figure in the form that JupyterLab's plotly extension draws."""
+    return json.loads(figure.to_json())
+
+
+def bundle_with(bundle: Any, more: Mapping[str, Any]) -> Any:
+    """The mimebundle of a widget (a front end that has widgets shows the widget only) with other forms of it."""
+    (bundle[0] if isinstance(bundle, tuple) else bundle).update(more)
+    return bundle
 
 
 def add_mark(figure: go.Figure, x: float, **where: int) -> None:

@@ -65,7 +65,10 @@ def _curve(rows: Sequence[Metrics], key: str) -> tuple[list[float], list[float]]
 def progress_html(rows: Sequence[Metrics], config: AlignConfig) -> str:
     """Where the run is: iteration, KL, clip fraction, failures, and what the iteration cost."""
     if not rows:
-        return "<span class='elp-note'>No iteration yet.</span>"
+        return (
+            f"<span class='elp-note'>No iteration yet: Start runs {config.iterations} and draws after each the rewards "
+            "r_F and r_E, the KL divergence to the base model, the share of clipped pairs, and samples.</span>"
+        )
     now, first = rows[-1], rows[0]
     gain = now["reward_force"] - first["reward_force"]
     seconds = sum(now[f"seconds_{part}"] for part in ("rollout", "oracle", "update"))
@@ -132,8 +135,13 @@ class AlignmentDashboard(Panel):
         return self.live.start()
 
     def summary_html(self) -> str:
-        """Where the run is."""
-        return self._progress.value
+        """Where the run is, and the samples of the policy."""
+        pictures = self.viewer.picture_html() if self.viewer is not None and self.viewer.n_frames else ""
+        return self._progress.value + pictures
+
+    def summary_figure(self) -> Figure | None:
+        """The learning curves, after the first iteration."""
+        return dashboard_figure(self.rows, self._channels) if self.rows else None
 
     def __repr__(self) -> str:
         return f"AlignmentDashboard({len(self.rows)} of {self.config.iterations} iterations)"

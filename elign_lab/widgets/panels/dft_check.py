@@ -112,8 +112,9 @@ class DFTCheck(Panel):
         return self.live.start()
 
     def summary_html(self) -> str:
-        """The answers so far."""
-        return self._table.value
+        """The answers so far; before them, whom Start will ask."""
+        names = ", ".join(map(escape, self._oracles))
+        return self._table.value or f"<span class='elp-note'>No answer yet: Start asks {names}.</span>"
 
     def __repr__(self) -> str:
         return f"DFTCheck({self.molecule.formula(0)}, {len(self.verdicts)} of {len(self._oracles)} oracles)"

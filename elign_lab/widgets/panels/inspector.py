@@ -190,8 +190,8 @@ class RewardInspector(Panel):
         self._member.value = member
 
     def summary_html(self) -> str:
-        """The table of the chosen rollout and step, and the group."""
-        return "<br>".join((self._badge.value, self._lines.value, self._group.value))
+        """The molecule and the table of the chosen rollout and step, and the group."""
+        return "<br>".join((self.viewer.picture_html(), self._badge.value, self._lines.value, self._group.value))
 
     def __repr__(self) -> str:
         return f"RewardInspector(rollout {self.member} of {self.trace.members}, step {self.step} of {self.trace.steps})"

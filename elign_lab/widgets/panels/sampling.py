@@ -169,8 +169,14 @@ class SamplingPanel(Panel):
         return self.live.start()
 
     def summary_html(self) -> str:
-        """The cards of the last batch."""
-        return self._result.value
+        """The molecules of the last batch and their cards; before it, what Start will show."""
+        if self._result.value:
+            return f"{self.viewer.picture_html()}{self._result.value}"
+        s = self.settings
+        return (
+            f"<span class='elp-note'>No molecule yet: Start samples {s.n} by {escape(s.model)} in {s.steps} steps, and "
+            "shows the clean estimate of each step, at the end stability and validity.</span>"
+        )
 
     def __repr__(self) -> str:
         s = self.settings
