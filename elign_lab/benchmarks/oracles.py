@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-import torch
 from tqdm.auto import tqdm
 
 from elign_lab.benchmarks.denoiser import machine
+from elign_lab.denoiser.threads import one_thread
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import Oracle, load_oracle
 from elign_lab.oracles._evaluation import Molecule
@@ -75,7 +75,7 @@ def bench_oracles(
     """
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    with ExitStack() as stack, _one_thread():
+    with ExitStack() as stack, one_thread():
         oracles: dict[str, Oracle] = {}
         for name, make in (makers or oracle_makers()).items():
             try:
@@ -211,17 +211,6 @@ def _chains(carbons: int, count: int, seed: int) -> MoleculeBatch:
     return MoleculeBatch.from_arrays(
         [(numbers, positions + NOISE * rng.normal(size=positions.shape)) for _ in range(count)]
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch with one thread; worker processes have one anyway."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _cell(row: Mapping[str, Any]) -> str:

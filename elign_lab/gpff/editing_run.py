@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from rdkit.Chem import MolToSmiles, RemoveHs
 
+from elign_lab.denoiser.threads import one_thread
 from elign_lab.gpff.editing_bonds import perceive, place
 from elign_lab.gpff.editing_state import EditorState, Structure, commit, constraints_of, open_molecule
 from elign_lab.gpff.generate import ON_A_GRID, SIGMA_MIN, get_sampler, start_positions
@@ -66,22 +66,11 @@ def regenerate(model: PseudoForceField, structure: Structure, settings: RunSetti
 def _step_by_step(records: Iterator[ForceRecord]) -> Iterator[ForceRecord]:
     """The records, each made on one thread; whoever gets one has as many threads as before."""
     while True:
-        with _one_thread():
+        with one_thread():
             record = next(records, None)
         if record is None:
             return
         yield record
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of torch: the tensors of one molecule are small, and on a busy machine threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def accept(state: EditorState, result: MoleculeBatch, label: str = "regenerate") -> EditorState:
@@ -123,7 +112,7 @@ def measure(model: PseudoForceField, oracle: Oracle, molecule: MoleculeBatch) ->
     from elign_lab.oracles import f_rms
 
     one = molecule[:1]
-    with _one_thread():
+    with one_thread():
         answer = oracle(one)
         x = one.positions.to(model.device, model.dtype)
         level = SamplingTask(model, one.numbers, one.mask).estimate(x).sigma_hat

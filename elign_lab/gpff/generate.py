@@ -60,13 +60,12 @@ def generate(
 
     compositions: formulas ('C2H6O') or lists of atomic numbers, one for all or one each (default: drawn from the
     model's training set). start: structures to start from instead of a Gaussian cloud, one for all or one each, of
-    atoms that a closed-shell molecule can have, as for compositions; sigma: noise added to them in Angstrom (default 0;
+    atoms that a closed-shell molecule can have, as for compositions. sigma: noise added to them in Angstrom (default 0;
     a sampler on a grid needs some), or the width of the cloud (default: the model's sigma_max). constraints: see
-    Constraints; all
-    structures are then copies of one molecule, and a start is needed. Other options go to the sampler. The same
-    arguments give the same structures on the same machine. Molecules of near-equal size go together. When interrupted
-    (Ctrl-C) it returns the structures of the finished batches with a warning, and it warns of structures in which a
-    distance or a region could not be kept. Raises ValueError for what cannot be.
+    Constraints; all structures are then copies of one molecule, and a start is needed. Other options go to the sampler.
+    The same arguments give the same structures on the same machine. Molecules of near-equal size go together. When
+    interrupted (Ctrl-C) it returns the structures of the finished batches with a warning, and it warns of structures in
+    which a distance or a region could not be kept. Raises ValueError for what cannot be.
     """
     run = get_sampler(sampler)
     if evaluations < 1:
