@@ -531,11 +531,7 @@ def _about_report(
     candidates: Sequence[Candidate], sampling: Sampling, arguments: argparse.Namespace, paired: bool
 ) -> dict[str, str]:
     """What a report says of its making."""
-    from datetime import UTC, datetime
-
-    import torch
-
-    from elign_lab import __version__
+    from elign_lab.evaluation.html_report import made_now
     from elign_lab.oracles import ORACLES
 
     options = "".join(f", {option}" for option in arguments.oracle_option)
@@ -549,7 +545,7 @@ def _about_report(
         },
         "oracle": f"{arguments.oracle}{options}: {ORACLES[arguments.oracle].description}",
         "molecules": f"{sampling.n} of each, seed {sampling.seed}, {sampling.batch_size} at a time; {together}",
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC with elign_lab {__version__}, torch {torch.__version__}",
+        "made": made_now(),
         "command": arguments.command_line,
     }
 

@@ -13,6 +13,7 @@ from elign_lab.alignment import AlignConfig, align, cpu_mini
 from elign_lab.checkpoints import load_model
 from elign_lab.denoiser import Denoiser
 from elign_lab.evaluation import Comparison, Interval, compare, evaluate, write_html
+from elign_lab.evaluation.html_report import made_now
 from elign_lab.molecules import MoleculeBatch
 from elign_lab.oracles import load_oracle
 from elign_lab.sampling import require_all, sample
@@ -87,6 +88,7 @@ def run_demo(out: str | Path, config: DemoConfig | None = None) -> DemoResult:
         history,
         names=NAMES,
         title=verdict,
+        about=_about(config),
     )
     result = {
         "verdict": verdict,
@@ -120,6 +122,20 @@ def _direction(change: Interval) -> str:
 def _sample(model: Denoiser, config: DemoConfig) -> MoleculeBatch:
     molecules = sample(model, config.n, steps=config.steps, seed=config.seed, progress=True)
     return require_all(molecules, config.n)
+
+
+def _about(config: DemoConfig) -> dict[str, str]:
+    """What the report says of its making."""
+    c = config.align
+    return {
+        "base": f"{config.model}, {config.steps} reverse steps",
+        "aligned": f"from it by FED-GRPO with the {config.preference} oracle: {c.iterations} iterations of "
+        f"{c.groups} x {c.members} rollouts, seed {c.seed}; as many steps",
+        "oracle": config.judge,
+        "molecules": f"{config.n} of each, seed {config.seed}; same sizes and noise for both models",
+        "made": made_now(),
+        "command": f"elign-lab demo --model {config.model} --oracle {config.preference}",
+    }
 
 
 def _fingerprint(model: Denoiser, config: DemoConfig) -> str:

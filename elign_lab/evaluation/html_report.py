@@ -6,6 +6,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from numbers import Real
 from pathlib import Path
@@ -13,6 +14,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import torch
 
 from elign_lab.evaluation.html_tables import about_list, composition_section, diversity_section
 from elign_lab.evaluation.intervals import Interval
@@ -47,6 +49,13 @@ _CURVES = {
     "eval_energy": "evaluation: energy reward (eV per atom)",
     "eval_force": "evaluation: force reward (eV/\N{ANGSTROM SIGN})",
 }
+
+
+def made_now() -> str:
+    """Date and versions, for the `about` of a report."""
+    from elign_lab import __version__
+
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC with elign_lab {__version__}, torch {torch.__version__}"
 
 
 def write_html(

@@ -40,6 +40,8 @@ def test_demo_writes_the_same_report_twice(config, tmp_path):
     html = first.report.read_text()
     assert f"<title>{first.verdict}" in html
     assert "<script src=" not in html
+    assert "2 iterations of 2 x 2 rollouts" in html
+    assert "elign-lab demo --model" in html
     sizes = [MoleculeBatch.from_xyz(tmp_path / "a" / f"{name}.xyz").sizes for name in ("base", "aligned")]
     assert torch.equal(*sizes)
 
