@@ -85,7 +85,8 @@ def open_molecule(molecule: MoleculeBatch | str, config: GPFFConfig) -> EditorSt
     if mol is None:
         raise ValueError(
             f"{batch.formula(0)} is not one neutral molecule by its distances: expected a connected structure near "
-            "equilibrium, without charges and radicals; relax it first"
+            "equilibrium, without radicals and without formal charges, which nitro groups and azides have; if it is "
+            "only distorted, relax it first"
         )
     return EditorState(Structure(mol, label="open"), config.elements, config.max_atoms)
 

@@ -63,6 +63,7 @@ def test_bonds_are_read_from_the_geometry(smiles):
         ("CS", "has S"),
         ("C" * 13, "41 atoms, over the model's limit of 40"),
         ("[NH4+]", "not one neutral molecule"),
+        ("C[N+](=O)[O-]", "formal charges, which nitro groups and azides have"),
         ("C.C", "not one neutral molecule"),
         ("nonsense", "not a valid SMILES"),
     ],
