@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from elign_lab.checkpoints import ASSETS, load_model, read_passport, write_passport
 from elign_lab.datasets import load_dataset
-from elign_lab.evaluation.intervals import bootstrap
+from elign_lab.evaluation.intervals import ratio_of_sums
 from elign_lab.oracles import load_oracle
 from elign_lab.oracles.fit import FitConfig, errors, fit_oracle
 from elign_lab.oracles.geometries import PERTURBATIONS, generate, perturb
@@ -91,14 +91,10 @@ def intervals(path: Path, labels: LabelSet) -> dict[str, dict[str, dict[str, flo
         energy_error = (result.energy - energy).abs().numpy() / n
         force_error = (result.forces - forces).abs().sum((1, 2)).numpy() / 3
         found[str(kind)] = {
-            "energy_mae": _mean(energy_error, np.ones_like(energy_error)),
-            "force_mae": _mean(force_error, n),  # every component counts once
+            "energy_mae": ratio_of_sums(energy_error, np.ones_like(energy_error), seed=0, n_boot=1000).to_dict(),
+            "force_mae": ratio_of_sums(force_error, n, seed=0, n_boot=1000).to_dict(),  # every component counts once
         }
     return found
-
-
-def _mean(errors: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
-    return bootstrap(lambda i: errors[i].sum(-1) / weights[i].sum(-1), len(errors), seed=0, n_boot=1000).to_dict()
 
 
 def with_intervals(found: dict[str, dict[str, Any]], path: Path, labels: LabelSet) -> dict[str, dict[str, Any]]:

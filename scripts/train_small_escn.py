@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from elign_lab.checkpoints import ASSETS, read_passport, write_passport
 from elign_lab.datasets import BatchSampler
-from elign_lab.evaluation.intervals import bootstrap
+from elign_lab.evaluation.intervals import ratio_of_sums
 from elign_lab.oracles import f_rms, load_oracle
 from elign_lab.oracles._fairchem import atomic_data, multiplicity
 from elign_lab.oracles.escn import BUNDLED, TASK, EscnCheckpoint, EscnConfig, build_escn
@@ -167,17 +167,13 @@ def test_errors(path: Path, labels: LabelSet) -> dict[str, dict[str, object]]:
             "molecules": int(ok.sum()),
             "energy_mae": float(((result.energy - energy).abs() / n)[ok].mean()),
             "force_mae": float((result.forces - forces)[batch.mask & ok[:, None]].abs().mean()),
-            "force_mae_interval": _interval((result.forces - forces).abs().sum((1, 2))[ok].numpy(), 3 * n[ok].numpy()),
+            "force_mae_interval": ratio_of_sums(
+                (result.forces - forces).abs().sum((1, 2))[ok].numpy(), 3 * n[ok].numpy(), seed=0, n_boot=1000
+            ).to_dict(),
             "f_rms_spearman": float(spearmanr(*rms).statistic),
             "mirror_energy_mae": float(((result.energy - mirror.energy).abs() / n)[ok].mean()),
         }
     return found
-
-
-def _interval(sums: np.ndarray, components: np.ndarray) -> dict[str, float | None]:
-    """A mean over all components, with a 95 % bootstrap interval over the molecules."""
-    mean = bootstrap(lambda i: sums[i].sum(-1) / components[i].sum(-1), len(sums), seed=0, n_boot=1000)
-    return mean.to_dict()
 
 
 def pack(out: Path, test: LabelSet, trained_on: dict[str, int], note: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,11 @@ def bootstrap(statistic: Callable[[NDArray[np.intp]], FloatArray], n: int, *, se
     return Interval(value, float(low), float(high))
 
 
+def ratio_of_sums(above: NDArray[Any], below: NDArray[Any], *, seed: int, n_boot: int) -> Interval:
+    """Sum of `above` over sum of `below`, each one per molecule, with a bootstrap over molecules."""
+    return bootstrap(lambda i: above[i].sum(-1) / below[i].sum(-1), len(below), seed=seed, n_boot=n_boot)
+
+
 def pooled(successes: NDArray[np.integer], trials: NDArray[np.integer], *, seed: int, n_boot: int) -> Interval:
     """Sum of successes over sum of trials, each one per molecule, with a bootstrap over molecules.
 
@@ -78,7 +84,7 @@ def pooled(successes: NDArray[np.integer], trials: NDArray[np.integer], *, seed:
     is wide enough for any number of trials in a molecule.
     """
     n = len(trials)
-    interval = bootstrap(lambda i: successes[i].sum(-1) / trials[i].sum(-1), n, seed=seed, n_boot=n_boot)
+    interval = ratio_of_sums(successes, trials, seed=seed, n_boot=n_boot)
     if interval.value in (0.0, 1.0):
         return wilson(int(interval.value) * n, n)
     return interval

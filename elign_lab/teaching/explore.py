@@ -9,9 +9,10 @@ import ipywidgets
 import traitlets
 
 from elign_lab.teaching.figure import Figure
+from elign_lab.widgets.bundles import PLOTLY, bundle_with, plotly_json
 from elign_lab.widgets.errors import raise_in_tests
 from elign_lab.widgets.live import alert_html
-from elign_lab.widgets.panels.base import PLOTLY, Chart, bundle_with, plotly_json
+from elign_lab.widgets.panels.base import Chart
 
 Range = tuple[float, float, float, float]
 """(first value, least, largest, step) of a slider."""

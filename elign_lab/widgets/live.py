@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import ipywidgets
 import traitlets
 
+from elign_lab.widgets.bundles import bundle_with
 from elign_lab.widgets.errors import raise_in_tests
 
 T = TypeVar("T")
@@ -127,16 +128,15 @@ class Live(ipywidgets.VBox, Generic[T]):
         return self._thread is not None and self._thread.is_alive()
 
     def __repr__(self) -> str:
-        of = "" if self._total is None else f" of {self._total}"
-        return f"Live({self.status}, {self.n_done}{of} items)"
+        return f"Live({self.status}, {self._count()} items)"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widget, and a line about the run for pages that run no widgets."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        of = "" if self._total is None else f" of {self._total}"
-        text = f"{self._name}: {self.status}, {self.n_done}{of} items done"
-        (bundle[0] if isinstance(bundle, tuple) else bundle)["text/html"] = html.escape(text)
-        return bundle
+        text = html.escape(f"{self._name}: {self.status}, {self._count()} items done")
+        return bundle_with(super()._repr_mimebundle_(**kwargs), {"text/html": text})
+
+    def _count(self) -> str:
+        return f"{self.n_done}" if self._total is None else f"{self.n_done} of {self._total}"
 
     # ------------------------------------------------------------------ the worker
     def _work(self) -> None:

@@ -124,18 +124,20 @@ def read_molecules(x: Any) -> Any:
 
 
 def _is_molecule(x: object) -> bool:
+    if isinstance(x, MoleculeBatch | str):  # a pushed frame waits for no import
+        return True
     from ase import Atoms
     from rdkit.Chem import Mol
 
-    return isinstance(x, MoleculeBatch | str | Mol | Atoms)
+    return isinstance(x, Mol | Atoms)
 
 
 def _batch(x: MoleculeLike, where: str = "") -> MoleculeBatch:
     """One molecule of any form as a batch; `where` begins the message of what it raises."""
-    from rdkit.Chem import Mol
-
     if isinstance(x, MoleculeBatch):
         return x
+    from rdkit.Chem import Mol
+
     try:
         if isinstance(x, str):
             return MoleculeBatch.from_smiles(x)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,23 @@ import plotly.graph_objects as go
 import traitlets
 
 from elign_lab.teaching.figure import COLORS, faded
+from elign_lab.widgets.bundles import PLOTLY, bundle_with, plotly_json
 from elign_lab.widgets.errors import raise_in_tests
 
-PLOTLY = "application/vnd.plotly.v1+json"
 _CSS = Path(__file__).with_name("panels.css").read_text()
 _MARK = "shown now"
 MEMBER_COLOR = faded("base", 0.55)
 
 __all__ = [
     "MEMBER_COLOR",
-    "PLOTLY",
     "Chart",
     "Panel",
     "add_mark",
     "badge",
-    "bundle_with",
     "escape",
     "figures_row",
     "move_marks",
     "number",
-    "plotly_json",
 ]
 
 escape = html.escape
@@ -118,17 +114,6 @@ class Chart(ipywidgets.Output):
         drawn = any(len(getattr(trace, "x", None) or ()) for trace in self.figure.data)
         more = {PLOTLY: plotly_json(self.figure)} if drawn else {"text/html": "A chart in which nothing is drawn yet."}
         return bundle_with(super()._repr_mimebundle_(**kwargs), more)
-
-
-def plotly_json(figure: go.Figure) -> dict[str, Any]:
-    """A figure in the form that JupyterLab's plotly extension draws."""
-    return json.loads(figure.to_json())
-
-
-def bundle_with(bundle: Any, more: Mapping[str, Any]) -> Any:
-    """The mimebundle of a widget (a front end that has widgets shows the widget only) with other forms of it."""
-    (bundle[0] if isinstance(bundle, tuple) else bundle).update(more)
-    return bundle
 
 
 def add_mark(figure: go.Figure, x: float, **where: int) -> None:
